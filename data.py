@@ -1,0 +1,384 @@
+"""Recordings of an event camera -> frames in one memory-mapped array -> augmented batches on the device.
+
+    events (x, y, t, polarity)  --to_frames-->  uint8 [T, 2, size, size]  --load-->  .frames uint8 [N, T, 2, size, size]
+    --batches-->  x float [T, B, 2, size, size], y int64 [B]  --augment-->  a random view of every recording
+
+Data sets: `toy` (simulated here, no download), the public ones that tonic reads, and any folder of recordings; see `load`.
+Guarded by `python -m pytest test_all.py -k data`.
+"""
+import contextlib
+import functools
+import hashlib
+import io
+import math
+import os
+import re
+import shutil
+import signal
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+# The one dial: --dataset picks a row, any flag overrides a value of it. Sources: [S] Spikformer's published schedule for
+# CIFAR10-DVS, [N] NDA (Li et al. 2022), [E] EventRPG issue 1, [A] amazing-cls; all others chosen here. Queues stay well below
+# the number of training recordings, or positives return as negatives. `views` and `finetune` are policies of augment().
+STRONG, MILD = dict(operations=3, strength=2), dict(operations=1, strength=2)  # [N], its best for contrast and for labels
+COMMON = dict(
+    n_frames=16, image_size=128, arch="spikformer-2-256",  # [S]
+    pretrain_epochs=200, queue_size=4096, momentum=0.999, temperature=0.1, alpha=0.5, beta=0.5, pretrain_lr=1e-3,  # epochs [A]
+    epochs=106, lr=1e-3, weight_decay=0.06, batch_size=16,  # [S]
+    labels_per_class=0, views=dict(STRONG, flip=True, min_scale=0.5), finetune=dict(MILD, flip=True, min_scale=1.0),
+)
+STILL = dict(views=dict(MILD, flip=False, min_scale=1.0), finetune=dict(MILD, flip=False, min_scale=1.0))
+DATASETS = {
+    "toy": COMMON | dict(
+        n_frames=4, image_size=24, arch="spikformer-1-64", pretrain_epochs=40, queue_size=512, batch_size=32, epochs=60, lr=4e-3,
+        labels_per_class=10),
+    "cifar10dvs": COMMON,
+    "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
+    "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
+    "nmnist": COMMON | STILL | dict(n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
+    "folder": COMMON | STILL | dict(n_frames=4, image_size=None, arch="spikformer-1-64", queue_size=512, batch_size=32),
+}
+
+Split = namedtuple("Split", "frames labels classes")  # uint8 [N, T, 2, size, size], int64 [N], list of names
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its one line says what is wrong, where, and what to do."""
+
+
+def to_frames(events, n_frames, sensor_size, size):
+    """Count the events of a recording into frames: uint8 [n_frames, 2, size, size], polarity 0 = off, 1 = on.
+
+    events: structured array with fields x, y (pixels), t (any unit), p (> 0 is on); sensor_size: (W, H) pixels.
+    Every frame takes len(events) // n_frames events in order of time, the last one the remainder too: none is lost. A pixel
+    of the frame sums the sensor's pixels that fall into it; counts clip at 255. Raises ValueError outside the sensor.
+    """
+    (width, height), n = sensor_size, len(events)
+    t = events["t"]
+    if n > 1 and (t[1:] < t[:-1]).any():
+        events = events[np.argsort(t, kind="stable")]
+    x, y = events["x"].astype(np.intp), events["y"].astype(np.intp)
+    if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
+        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels (x {x.min()} to {x.max()}, y {y.min()} to {y.max()})")
+    pixel = (y * size // height) * size + x * size // width + (events["p"] > 0) * (size * size)
+    frames = np.empty((n_frames, 2 * size * size), np.uint8)
+    for i in range(n_frames):
+        stop = (i + 1) * (n // n_frames) if i < n_frames - 1 else n
+        counts = np.bincount(pixel[i * (n // n_frames) : stop], minlength=2 * size * size)
+        np.minimum(counts, 255, out=frames[i], casting="unsafe")
+    return frames.reshape(n_frames, 2, size, size)
+
+
+def load(name, root="data", n_frames=None, size=None):
+    """The data set called `name`, or the folder of recordings at that path -> (train, test), each a Split.
+
+    name: "toy" | "cifar10dvs" | "dvsgesture" | "ncaltech101" | "nmnist", downloaded by tonic into `root` if missing, or a
+    folder laid out as FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording> (.bin, .aedat4, .npy).
+    n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most).
+    Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split.
+    Without an official split, the last tenth of every class, in numerical order of file names, is for the test: the rule of
+    SpikingJelly's split_to_train_test_set. Raises UserError.
+    """
+    row, root = recipe(name), Path(root).expanduser()
+    n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
+    if name == "toy":
+        recordings, classes, read, sensor = toy_recordings()
+    elif name in TONIC:
+        recordings, classes, read, sensor = tonic_recordings(name, root)
+    else:
+        recordings, classes, read, sensor = folder_recordings(Path(name).expanduser())
+    recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
+    listing = "".join(f"{split}\t{cls}\t{key}\n" for split, cls, key in recordings)
+    stamps = [os.stat(key)[6:9:2] if os.path.exists(key) else key for _, _, key in recordings]  # size and time of change
+    mark = hashlib.sha256(repr((listing, stamps, n_frames, size)).encode()).hexdigest()[:12]
+    path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
+    if not path.exists():
+        keys = [key for _, _, key in recordings]
+        sensor = sensor or np.max(parallel(functools.partial(extent, read), keys, "sensor size"), 0).tolist()
+        cache(path, keys, read, n_frames, sensor, size or min(128, max(sensor)))
+        path.with_suffix(".tsv").write_text("split\tclass\trecording\n" + listing)
+    frames = np.load(path, mmap_mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
+    labels = np.array([classes.index(cls) for _, cls, _ in recordings])
+    n = sum(split == "train" for split, _, _ in recordings)
+    return Split(frames[:n], labels[:n], classes), Split(frames[n:], labels[n:], classes)
+
+
+def recipe(name):
+    """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
+    if name in DATASETS and name != "folder":
+        return DATASETS[name]
+    if Path(name).expanduser().is_dir():
+        return DATASETS["folder"]
+    names = ", ".join(n for n in DATASETS if n != "folder")
+    raise UserError(f"--dataset {name}: neither a folder that exists nor one of {names}")
+
+
+def natural(name):
+    """A sort key that counts: r2 before r10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def split_by_class(recordings):
+    """[(class, key)] -> [(split, class, key)]: of n recordings of a class, in natural order, the last n // 10 (at least 1 of 2)
+    are for the test. Depends on nothing but the names."""
+    by_class, out = {}, []
+    for cls, key in recordings:
+        by_class.setdefault(cls, []).append(key)
+    for cls, keys in by_class.items():
+        keys.sort(key=natural)
+        n_test = max(len(keys) // 10, int(len(keys) > 1))
+        out += [("test" if i >= len(keys) - n_test else "train", cls, key) for i, key in enumerate(keys)]
+    return out
+
+
+def cache(path, keys, read, n_frames, sensor, size):
+    """Write the frames of all recordings to the .npy file `path`: under another name until the last one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    need, free = len(keys) * n_frames * 2 * size * size, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f"{path.parent}: the frames need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose another --root")
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        np.lib.format.open_memmap(part, "w+", np.uint8, (len(keys), n_frames, 2, size, size)).flush()
+        make = functools.partial(make_frames, read, part, n_frames, sensor, size)
+        parallel(make, list(enumerate(keys)), f"frames {n_frames} x {size} x {size}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_frames(read, part, n_frames, sensor, size, numbered):
+    i, key = numbered
+    np.lib.format.open_memmap(part, "r+")[i] = to_frames(read(key), n_frames, sensor, size)
+
+
+def extent(read, key):
+    """The smallest sensor (W, H) that holds a recording's events."""
+    events = read(key)
+    return (int(events["x"].max()) + 1, int(events["y"].max()) + 1) if len(events) else (1, 1)
+
+
+def parallel(f, items, title):
+    """[f(item) for item in items] on all cores, with a progress bar; a failure names its recording in a UserError."""
+    workers = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    results = []
+    try:
+        for error, result in tqdm(workers.map(functools.partial(attempt, f), items, chunksize=8), title, len(items), unit=" recordings"):
+            if error:
+                raise UserError(error)
+            results.append(result)
+    except BrokenProcessPool:
+        raise UserError(f"{title}: a worker process died, perhaps for lack of memory, near recording {items[len(results)]}")
+    finally:
+        workers.shutdown(cancel_futures=True)
+    return results
+
+
+def attempt(f, item):
+    try:
+        return None, f(item)
+    except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
+        key = item[1] if isinstance(item, tuple) else item
+        return f"{key}: cannot be read ({type(e).__name__}: {e}): fetch it again or remove it", None
+
+
+def folder_recordings(folder):
+    """FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>; files of other kinds are passed over."""
+    def inside(path):
+        return [(f.parent.name, str(f)) for f in path.glob("*/*") if f.suffix in READERS]
+
+    parts = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+    if {"train", "test"} <= set(parts):
+        recordings = [(split, *r) for split in ("train", "test") for r in inside(parts[split])]
+    else:
+        recordings = split_by_class(inside(folder))
+    for split in ("train", "test"):
+        if not any(r[0] == split for r in recordings):
+            raise UserError(f"{folder}: no recordings to {split} on: expected <class>/<recording> or Train|Test/<class>/<recording>, "
+                            f"each a {', '.join(READERS)} file, and at least two in a class")
+    return recordings, sorted({cls for _, cls, _ in recordings}, key=natural), read_file, None
+
+
+def read_file(path):
+    return READERS[os.path.splitext(path)[1]](path)
+
+
+def read_bin(path):
+    """ATIS format of N-MNIST and N-Caltech101: 5 bytes an event."""
+    import tonic.io  # here, not above: it takes a second, and the toy data do without
+    if os.path.getsize(path) % 5:
+        raise ValueError(f"truncated: {os.path.getsize(path)} bytes are not a multiple of 5")
+    return tonic.io.read_mnist_file(path, np.dtype([("x", int), ("y", int), ("t", int), ("p", int)]))
+
+
+def read_aedat4(path):
+    import tonic.io
+    events = tonic.io.read_aedat4(path)
+    events.dtype.names = "t", "x", "y", "p"
+    return events
+
+
+def read_npy(path):
+    events = np.load(path, allow_pickle=False)
+    if not {"x", "y", "t", "p"} <= set(events.dtype.names or ()):
+        raise ValueError("expected a structured array with fields x, y, t, p")
+    return events
+
+
+READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": read_npy}
+
+# tonic's class, its sensor, how many recordings there are, addresses to mend. Those of figshare in tonic 1.7.0 answer 202 with
+# nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
+FIGSHARE = "https://api.figshare.com/v2/file/download/"
+TONIC = {
+    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, dict(url=FIGSHARE + "38023437")),
+    "dvsgesture": ("DVSGesture", (128, 128), 1_341, dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
+    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, {}),  # the largest; SpikingJelly's frames have that size too
+    "nmnist": ("NMNIST", (34, 34), 70_000, {}),
+}
+
+
+def tonic_recordings(name, root):
+    """A public data set through tonic's own class, which downloads what is missing, checks its md5 and extracts it."""
+    import tonic
+    class_name, sensor, total, addresses = TONIC[name]
+    tonic_class = getattr(tonic.datasets, class_name)
+    for attribute, address in addresses.items():
+        setattr(tonic_class, attribute, address)
+    official = hasattr(tonic_class, "train_url")
+    recordings = []
+    for split in ("train", "test") if official else (None,):
+        dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                dataset.__init__(str(root), **({"train": split == "train"} if official else {}))
+        except Exception as e:
+            raise UserError(f"{name} is not under {root} and cannot be downloaded ({type(e).__name__}: {e}): fetch {dataset.url} "
+                            f"(md5 {dataset.file_md5}), put it at {os.path.join(dataset.location_on_system, dataset.filename)}, run again")
+        classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
+        names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
+        recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
+    if len(recordings) < total:
+        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; "
+              f"to extract all of them again, remove the folders (not the archives) in {dataset.location_on_system}")
+    dataset.data, dataset.targets = [], []
+    recordings = recordings if official else split_by_class([r[1:] for r in recordings])
+    return recordings, classes, functools.partial(read_tonic, dataset), sensor
+
+
+def read_tonic(dataset, path):
+    dataset.data, dataset.targets = [path], [0]  # tonic reads by index, in an order that differs between machines
+    return dataset[0][0]
+
+
+# The toy data: a shape, one of 10, moves and turns before an event camera. TOY_TRAIN unlabelled recordings in random poses and
+# few labels are the setting in which pre-training earns its keep.
+TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 24, 2000, 500
+
+
+def toy_shapes():
+    """{class: its outline as radius at angle [0, 2 pi)}; the largest radius is about 1."""
+    a = np.arange(720) * np.pi / 360
+
+    def polygon(n):
+        return math.cos(math.pi / n) / np.cos(a % (2 * np.pi / n) - np.pi / n)
+
+    def box(w, h):
+        return np.minimum(w / np.maximum(abs(np.cos(a)), 1e-9), h / np.maximum(abs(np.sin(a)), 1e-9))
+
+    return {
+        "disc": 0.8 + 0 * a, "triangle": polygon(3), "square": polygon(4), "bar": box(1, 0.3),
+        "cross": np.maximum(box(1, 0.25), box(0.25, 1)), "trefoil": 0.6 + 0.4 * np.cos(3 * a), "star": 0.65 + 0.35 * np.cos(5 * a),
+        "half disc": np.where(a < np.pi, 1, 0.05), "wedge": np.where(a < 1.5 * np.pi, 0.9, 0.1), "drop": 0.35 + 0.65 * np.cos(a / 2) ** 14,
+    }
+
+
+def toy_recordings():
+    classes = list(toy_shapes())
+    recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}") for i in range(TOY_TRAIN + TOY_TEST)]
+    return recordings, classes, toy_events, (TOY_SENSOR, TOY_SENSOR)
+
+
+def toy_events(key, steps=32, threshold=0.25):
+    """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
+
+    Contrast, sign of contrast, size, position, speed and turning are drawn anew for each recording, of any class alike, so
+    that neither the number of events nor their polarity tells the class. Returns a structured array (x, y in pixels, t in us, p).
+    """
+    _, seed, i = key.split(":")
+    rng = np.random.default_rng([int(seed), int(i)])
+    outline = list(toy_shapes().values())[int(i) % 10]
+    time = np.linspace(-0.5, 0.5, steps + 1)[:, None, None]
+    heading, turn, angle = rng.uniform(0, 2 * np.pi), rng.uniform(-2, 2), rng.uniform(0, 2 * np.pi)
+    speed, radius, contrast = rng.uniform(3, 9), rng.uniform(6, 9), rng.uniform(0.6, 1.5) * rng.choice([-1, 1])
+    middle = (TOY_SENSOR - 1) / 2 + rng.uniform(-2, 2, 2)
+    y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
+    dx, dy = x - middle[0] - speed * time * np.cos(heading), y - middle[1] - speed * time * np.sin(heading)
+    degree = ((np.arctan2(dy, dx) - angle - turn * time) * 360 / np.pi).astype(int) % 720
+    edge = radius * outline[degree] - np.hypot(dx, dy)
+    brightness = contrast / (1 + np.exp(-2 * edge))  # log of it: [steps + 1, H, W]
+    level, events = brightness[0].copy(), []
+    for step in range(steps):
+        count = np.trunc((brightness[step + 1] - level) / threshold).astype(int)
+        level += count * threshold
+        count += rng.choice([-1, 0, 1], count.shape, p=[0.001, 0.998, 0.001])  # noise of the sensor
+        ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
+        events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
+    return np.concatenate(events)
+
+
+def batches(split, batch_size, device="cpu", shuffle=False):
+    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, shuffled by torch's seed if asked.
+
+    Batches are as equal as can be, batch_size at most, so that no tiny last one upsets batch norm.
+    """
+    n = len(split.labels)
+    order = torch.randperm(n) if shuffle else torch.arange(n)
+    frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
+    for index in order.tensor_split(math.ceil(n / batch_size)):
+        x, y = frames[index].to(device), labels[index].to(device)  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
+
+
+def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
+    """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), after which the paper's is made.
+
+    x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
+    flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to
+    1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength, pixels as of a width of 128.
+    All are one look-up: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
+    """
+    T, B, C, H, W = x.shape
+    unit = W / 128
+
+    def draw(*size):  # uniform in [-1, 1)
+        return torch.rand(*size, device=x.device) * 2 - 1
+
+    roll, rotate, cut, shear = (torch.rand(B, 4, device=x.device).argsort(1) < operations).float().T  # 4 times [B], 0 or 1
+    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
+    shift = (draw(2, B) * roll * (1 + 2 * strength) * unit).round()[..., None, None]  # [2, B, 1, 1]
+    u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
+    hole = draw(2, B)[..., None, None] * torch.tensor([W / 2, H / 2], device=x.device).view(2, 1, 1, 1)
+    reach = (cut * 4 * strength * unit)[:, None, None]  # half the hole's side
+    seen = ((u - hole[0]).abs() >= reach) | ((v - hole[1]).abs() >= reach)
+
+    side = (1 - torch.rand(B, device=x.device) * (1 - min_scale)).sqrt()
+    angle, slant = draw(B) * rotate * math.radians(15 * strength), draw(B) * shear * 0.15 * strength
+    mirror = torch.where(torch.rand(B, device=x.device) < 0.5 * flip, -1.0, 1.0)
+    cos, sin = angle.cos() * side, angle.sin() * side
+    away = draw(2, B) * (1 - side)
+    cos, sin, slant, mirror, away = (z[..., None, None] for z in (cos, sin, slant, mirror, away))
+    u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
+    u = mirror * (u + slant * v)
+    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()
+    seen &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
+    index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
+    view = x.flatten(3).gather(3, index[None, :, None].expand(T, B, C, -1)).view(x.shape)  # [T, B, 2, H, W]
+    return view * seen[None, :, None]

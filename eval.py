@@ -1,0 +1,149 @@
+"""What a checkpoint is worth: accuracy of a fine-tuned classifier, kNN and linear probe of a pre-trained encoder.
+
+    python eval.py --ckpt runs/toy/finetuned.pt        # test accuracy, per class, worst confusions
+    python eval.py --ckpt runs/toy/pretrained.pt       # frozen features: kNN and linear probe, trained on the training labels
+    python eval.py --ckpt runs/*/finetuned.pt          # one row each
+
+Guarded by `python -m pytest test_all.py -k eval`.
+"""
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+
+
+def autocast(device):
+    """bf16 on a GPU, where float16 would overflow in spiking nets; float32 on a CPU, where bf16 is mostly slower."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
+@torch.no_grad()
+def over_split(model, split, batch_size, device):
+    """The model's outputs over a split in evaluation mode, averaged over time: [T, B, D] -> float [N, D], on the CPU."""
+    training = model.training
+    model.eval()
+    with autocast(device):
+        out = [model(x).float().mean(0).cpu() for x, _ in data.batches(split, batch_size, device)]  # each [B, D]
+    model.train(training)
+    return torch.cat(out)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+    """Share of queries [M, D] whose k nearest of the bank [N, D] by cosine vote for their label, votes weighing exp(cos / temperature).
+
+    The evaluation of Wu et al. 2018; k is at most N; the similarities are taken 1,024 queries at a time.
+    """
+    bank, hits = F.normalize(bank, dim=1), 0
+    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
+    for q, y in zip(queries.split(1024), labels.split(1024)):
+        similarity, nearest = (F.normalize(q, dim=1) @ bank.T).topk(min(k, len(bank)))  # [m, k]
+        votes = F.one_hot(bank_labels[nearest]) * (similarity / temperature).exp()[..., None]  # [m, k, classes]
+        hits += (votes.sum(1).argmax(1) == y).sum().item()
+    return hits / len(labels)
+
+
+def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
+    """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
+    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    bank, queries = (bank - mean) / std, (queries - mean) / std
+    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
+    head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(head(bank), bank_labels) + weight_decay / 2 * head.weight.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return (head(queries).argmax(1) == labels).float().mean().item()
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py as a dict: kind, args, classes, weights. Runs no code from the file. Raises UserError."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["kind"] not in ("pretrained", "finetuned"):
+            raise KeyError
+    except OSError as e:
+        raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
+    except Exception:
+        raise data.UserError(f"{path}: is no checkpoint of train.py, or is damaged: pass a pretrained.pt or finetuned.pt")
+    return ckpt
+
+
+def restore(ckpt, device):
+    """The network of a checkpoint, in evaluation mode: an encoder if pretrained, a Classifier if finetuned."""
+    net = models.build(ckpt["args"]["arch"], ckpt["args"]["image_size"])
+    if ckpt["kind"] == "finetuned":
+        net = models.Classifier(net, len(ckpt["classes"]))
+    net.load_state_dict(ckpt["weights"])
+    return net.to(device).eval()
+
+
+def accuracy_line(logits, labels):
+    accuracy = 100 * (logits.argmax(1) == torch.as_tensor(labels)).float().mean().item()
+    return f"test accuracy {accuracy:.2f} % (last epoch, {len(labels)} recordings)"
+
+
+def report(logits, labels, classes):
+    """Print the accuracy of every class and the five commonest confusions."""
+    guesses, labels = logits.argmax(1), torch.as_tensor(labels)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+    confusion.index_put_((labels, guesses), torch.tensor(1), accumulate=True)  # [true, guessed]
+    for name, row, hits in zip(classes, confusion, confusion.diag()):
+        print(f"  {name:24} {100 * hits / row.sum().clamp(min=1):6.2f} % of {row.sum()}")
+    wrong = confusion - confusion.diag().diag()
+    for n, i in zip(*wrong.flatten().topk(min(5, wrong.numel()))):
+        if n:
+            print(f"  {n} x {classes[i // len(classes)]} taken for {classes[i % len(classes)]}")
+
+
+def evaluate(path, args, one_of_many):
+    ckpt = load_checkpoint(path)
+    made = ckpt["args"]
+    train, test = data.load(args.dataset or made["dataset"], args.root or made["root"], made["n_frames"], made["image_size"])
+    if test.classes != ckpt["classes"]:
+        raise data.UserError(f"{path}: was trained on the classes {ckpt['classes']}, the data have {test.classes}: pass its own --dataset")
+    net = restore(ckpt, args.device)
+    out = over_split(net, test, made["batch_size"], args.device)
+    if ckpt["kind"] == "finetuned":
+        if not one_of_many:
+            report(out, test.labels, test.classes)
+        line = accuracy_line(out, test.labels)
+    else:
+        bank = over_split(net, train, made["batch_size"], args.device)
+        knn = knn_accuracy(bank, train.labels, out, test.labels)
+        probe = probe_accuracy(bank, train.labels, out, test.labels)
+        line = f"frozen features: kNN {100 * knn:.2f} %, linear probe {100 * probe:.2f} % ({len(test.labels)} test recordings)"
+    print(f"{path}  {line}" if one_of_many else line)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
+    parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
+    parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.error = lambda message: sys.exit(fail(message))
+    args = parser.parse_args(argv)
+    try:
+        for path in args.ckpt:
+            evaluate(path, args, len(args.ckpt) > 1)
+    except data.UserError as e:
+        sys.exit(fail(e))
+
+
+def fail(message):
+    """One line on stderr; the status of a user's mistake."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

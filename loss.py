@@ -1,0 +1,43 @@
+"""MixInfoNCE: the contrastive loss of NeuroMoCo (arXiv 2406.06305), InfoNCE for embeddings that unfold in time.
+
+InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length, at temperature tau (van den Oord 2018; He 2020):
+
+    InfoNCE = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_i exp(q.n_i / tau)) )         chance: log(K + 1)
+
+    MBC  mean before criterion: average the embeddings over time, then one InfoNCE
+    MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
+    MixInfoNCE = alpha * MBC + beta * MAC
+
+MAC compares step t with step t of the key and of the queue. The paper's text, as far as it can be read, says step by step;
+related code of one of its circle (amazing-cls, TETMoCo) lets each step meet the negatives of all T steps instead. Step by
+step keeps T = 1 equal to plain InfoNCE and the level of chance the same for both terms.
+Guarded by `python -m pytest test_all.py -k loss`.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def contrast(q, k, queue, temperature):
+    """Logits of InfoNCE, the positive first. q, k: [..., B, D], queue: [..., K, D], any length -> [..., B, 1 + K]."""
+    q, k, queue = (F.normalize(z, dim=-1) for z in (q, k, queue))
+    positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
+    negative = q @ queue.transpose(-1, -2)  # [..., B, K]
+    return torch.cat([positive, negative], -1) / temperature
+
+
+def info_nce(q, k, queue, temperature):
+    """Mean InfoNCE over all rows: cross-entropy of the logits against class 0."""
+    logits = contrast(q, k, queue, temperature)
+    return (logits.logsumexp(-1) - logits[..., 0]).mean()
+
+
+def mix_info_nce(q, k, queue, temperature, alpha, beta):
+    """MixInfoNCE, a scalar.
+
+    q, k: [T, B, D] raw embeddings of two views; queue: [K, T, D] raw embeddings of earlier keys; temperature > 0.
+    alpha, beta: weights of MBC and MAC. The paper sets them equal; 0.5 each (chosen) keeps the scale of either alone.
+    """
+    q, k, queue = q.float(), k.float(), queue.float()  # under autocast too: sums over the queue overflow half precision
+    mbc = info_nce(q.mean(0), k.mean(0), queue.mean(1), temperature)
+    mac = info_nce(q, k, queue.transpose(0, 1), temperature)
+    return alpha * mbc + beta * mac

@@ -1,0 +1,165 @@
+"""The two spiking encoders of the paper, SEW-ResNet-18 and Spikformer-2-256, and the classifier on top.
+
+Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, joined by sums of spikes:
+
+    SEW-ResNet (Fang et al. 2021):  x + block(block(x)), "spike-element-wise" addition
+    Spikformer (Zhou et al. 2023):  four blocks cut the image into tokens; then, per layer, x + attention(x), x + mlp(x),
+                                    where attention is q (k^T v) / 8 on spikes: no softmax, for nothing is negative
+
+Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space at every time step. Convolutions see [T*B, C, H, W].
+`state_dict()` lists the tensors of SpikingJelly 2.0.0's spikformer.Spikformer and sew_resnet.sew_resnet18(cnf="ADD") in
+their order and size (1x1 kernels up to trailing ones): weights interchange by position.
+Guarded by `python -m pytest test_all.py -k models`.
+"""
+import re
+
+import torch
+from torch import nn
+
+from neuron import LIF
+
+
+class ConvLIF(nn.Module):
+    """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes [T, B, C', H', W']."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, pool=False):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+        # Chosen: with a scale of 1, as usual, only about 2 % of the neurons fire at birth; with 2 it is 15 to 50 %.
+        nn.init.constant_(self.bn.weight, 2.0)
+        self.pool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
+        self.lif = LIF()
+
+    def forward(self, x):
+        steps = x.shape[:2]
+        current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C, H, W]
+        return self.lif(current.unflatten(0, steps))  # [T, B, C, H, W]
+
+
+class SEWBlock(nn.Module):
+    """Two 3x3 convolutions and the sum of their spikes with the input's, [T, B, C, H, W] -> [T, B, C', H / stride, W / stride]."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = ConvLIF(c_in, c_out, 3, stride)
+        self.conv2 = ConvLIF(c_out, c_out, 3)
+        self.shortcut = nn.Identity() if stride == 1 and c_in == c_out else ConvLIF(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        return self.shortcut(x) + self.conv2(self.conv1(x))
+
+
+class SEWResNet18(nn.Module):
+    """SEW-ResNet-18 (Fang et al. 2021, ADD) of `width` channels in stage 1: [T, B, 2, H, W] -> [T, B, 8 * width].
+
+    From 64 pixels on the stem is ResNet's 7x7 convolution of stride 2 and max-pool; below, a 3x3 convolution and no pool.
+    """
+
+    def __init__(self, width=64, image_size=128):
+        super().__init__()
+        self.dim = 8 * width
+        large = image_size >= 64
+        self.stem = ConvLIF(2, width, 7, 2) if large else ConvLIF(2, width, 3)
+        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(*[
+            block
+            for stage in range(4)
+            for block in (SEWBlock(widths[stage], widths[stage + 1], 1 if stage == 0 else 2),
+                          SEWBlock(widths[stage + 1], widths[stage + 1], 1))
+        ])
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as published
+
+    def forward(self, x):
+        x = self.stem(channels_last(x))
+        x = self.pool(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # [T, B, C, H, W]
+        return self.blocks(x).mean((3, 4))  # [T, B, D]
+
+
+class Attention(nn.Module):
+    """Spiking self-attention with heads of 16 channels, [T, B, C, H, W] -> spikes [T, B, C, H, W]; tokens L = H * W."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv = ConvLIF(dim, 3 * dim, 1)  # one convolution for all three
+        self.lif = LIF(v_threshold=0.5)
+        self.proj = ConvLIF(dim, dim, 1)
+
+    def forward(self, x):
+        size = x.shape[3:]
+        tokens = self.qkv(x).flatten(3).mT  # [T, B, L, 3C]
+        q, k, v = tokens.unflatten(3, (3, -1, 16)).permute(3, 0, 1, 4, 2, 5)  # 3 times [T, B, heads, L, 16]
+        # Without softmax the product may be taken in either order: k^T v is 16 x 16 where q k^T is L x L.
+        y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]
+        y = self.lif(y.transpose(2, 3).flatten(3))  # [T, B, L, C]
+        return self.proj(y.mT.unflatten(3, size))  # [T, B, C, H, W]
+
+
+class Spikformer(nn.Module):
+    """Spikformer-`depth`-`dim` (Zhou et al. 2023): [T, B, 2, H, W] -> [T, B, dim].
+
+    The stem's four blocks all halve the image from 64 pixels on (patches of 16 pixels); below, only the last two do (4 pixels).
+    """
+
+    def __init__(self, depth=2, dim=256, image_size=128):
+        super().__init__()
+        self.dim = dim
+        widths = [2, dim // 8, dim // 4, dim // 2, dim]
+        self.stem = nn.Sequential(*[
+            ConvLIF(widths[i], widths[i + 1], 3, pool=image_size >= 64 or i >= 2) for i in range(4)
+        ])
+        self.position = ConvLIF(dim, dim, 3)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            self.layers.append(Attention(dim))
+            self.layers.append(nn.Sequential(ConvLIF(dim, 4 * dim, 1), ConvLIF(4 * dim, dim, 1)))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.trunc_normal_(m.weight, std=0.02)  # as published
+
+    def forward(self, x):
+        x = self.stem(channels_last(x))
+        x = x + self.position(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.mean((3, 4))  # [T, B, D]
+
+
+def channels_last(x):
+    """[T, B, C, H, W], with the channels of a pixel side by side in memory: every layer after keeps that format.
+
+    Max-pooling is ten times faster in it, batch norm and 1x1 convolutions need no reordering.
+    """
+    return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+
+
+class Classifier(nn.Module):
+    """encoder and a linear head: [T, B, 2, H, W] -> logits [T, B, num_classes]; a prediction is their mean over T."""
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def build(arch, image_size):
+    """The encoder called `arch`, for frames of image_size x image_size pixels; .dim is its number of features.
+
+    arch: "sew-resnet-18" | "spikformer-2-256"; other sizes as "sew-resnet-18-<width of stage 1>", "spikformer-<depth>-<dim>"
+    (dim a multiple of 16). Raises ValueError for any other name.
+    """
+    if m := re.fullmatch(r"sew-resnet-18(?:-([1-9]\d*))?", arch):
+        return SEWResNet18(int(m[1] or 64), image_size)
+    m = re.fullmatch(r"spikformer-([1-9]\d*)-([1-9]\d*)", arch)
+    if m and int(m[2]) % 16 == 0:
+        return Spikformer(int(m[1]), int(m[2]), image_size)
+    raise ValueError(f"no backbone is called '{arch}': choose sew-resnet-18, sew-resnet-18-<width>, spikformer-2-256 "
+                     "or spikformer-<depth>-<dim> with dim a multiple of 16")

@@ -1,0 +1,293 @@
+"""NeuroMoCo from recordings to a test accuracy: pre-train without labels, fine-tune with labels, test once at the end.
+
+    python train.py                                              # toy data, a few minutes on a laptop
+    python train.py --dataset cifar10dvs                         # dvsgesture | ncaltech101 | nmnist | a folder of recordings
+    python train.py --dataset cifar10dvs --pretrain-epochs 0     # the same recipe from scratch: the twin to compare with
+    python train.py --dataset cifar10dvs --help                  # every flag, with the defaults for that data set
+
+A run's folder holds pretrained.pt and finetuned.pt (weights of the last epoch, and all that eval.py needs), log.csv (one row
+an epoch) and state.pt (all that --resume needs). Test recordings are not looked at before the last line.
+Guarded by `python -m pytest test_all.py -k train`.
+"""
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import models
+import neuron
+from eval import accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split
+from moco import MoCo
+
+
+def parse(argv):
+    """Flags; their defaults are the row of data.DATASETS that --dataset picks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.error = lambda message: sys.exit(fail(message))
+
+    def number(kind, low, high=math.inf):
+        def check(text):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            return kind(text)
+        check.__name__ = kind.__name__  # argparse says "invalid int value"
+        return check
+
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
+    group("--root", default="data", help="folder of downloads and cached frames")
+    group("--n-frames", type=number(int, 1), help="time steps T that a recording is cut into")
+    group("--image-size", type=number(int, 8), help="width and height of a frame in pixels; None: the sensor's, 128 at most")
+    group("--labels-per-class", type=number(int, 0), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
+    group = parser.add_argument_group("model").add_argument
+    group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
+    group = parser.add_argument_group("pre-training").add_argument
+    group("--pretrain-epochs", type=number(int, 0), help="0: none, fine-tune from scratch")
+    group("--queue-size", type=number(int, 1), help="negatives K, well below the number of training recordings")
+    group("--momentum", type=number(float, 0, 1), help="of the key encoder: 0 copies the query encoder, 1 stands still")
+    group("--temperature", type=number(float, 1e-6), help="of InfoNCE")
+    group("--alpha", type=number(float, 0), help="weight of MBC, InfoNCE of the average over time")
+    group("--beta", type=number(float, 0), help="weight of MAC, average over time of InfoNCE")
+    group("--pretrain-lr", type=number(float, 0), help="peak learning rate of pre-training")
+    group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint")
+    group = parser.add_argument_group("fine-tuning").add_argument
+    group("--epochs", type=number(int, 1), help="passes over the labelled recordings")
+    group("--lr", type=number(float, 0), help="peak learning rate of fine-tuning")
+    group = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
+    group("--weight-decay", type=number(float, 0), help="of weights, not of biases and batch norm")
+    group("--batch-size", type=number(int, 1), help="recordings a step")
+    group = parser.add_argument_group("run").add_argument
+    group("--out", help="the run's folder; None: runs/<dataset>, with a number if that exists")
+    group("--seed", type=int, default=0, help="of weights, order, augmentation and choice of labels")
+    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    group("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped")
+    group("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
+
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--dataset", default="toy")
+    row = data.recipe(early.parse_known_args(argv)[0].dataset)
+    parser.set_defaults(**row)
+    return parser.parse_args(argv)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def run_folder(args):
+    """--out, or runs/<dataset> with a number: the next free one, to resume the last one. Nothing is ever written over."""
+    if args.out:
+        out = Path(args.out)
+        if not args.resume and (out / "log.csv").exists():
+            raise data.UserError(f"--out {out}: holds a run already: add --resume to go on with it, or choose another folder")
+        return out
+    name, n = Path("runs") / Path(args.dataset).resolve().name, 1
+    folders = [name]
+    while folders[-1].exists():
+        n += 1
+        folders.append(name.with_name(f"{name.name}-{n}"))
+    return folders[-2] if args.resume and n > 1 else folders[-1]
+
+
+class Run:
+    """The files of one run, written in whole or not at all."""
+
+    def __init__(self, args):
+        self.args, self.out = args, run_folder(args)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log, self.state = [], None
+        if args.resume and (self.out / "state.pt").exists():
+            self.state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+            self.log = self.state["log"]
+            same = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "root", "no_compile")}
+            wrong = [k for k, v in same.items() if self.state["args"].get(k) != v]
+            if wrong:
+                was = ", ".join(f"--{k.replace('_', '-')} {self.state['args'].get(k)}" for k in wrong)
+                raise data.UserError(f"--resume: the run in {self.out} was made with {was}: pass the same, or choose another --out")
+
+    def save(self, name, content):
+        part = self.out / f"{name}.part"
+        torch.save(content | {"args": vars(self.args)}, part)
+        os.replace(part, self.out / name)
+
+    def write_log(self):
+        part = self.out / "log.csv.part"
+        with open(part, "w", newline="") as f:
+            writer = csv.DictWriter(f, ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"])
+            writer.writeheader()
+            writer.writerows(self.log)
+        os.replace(part, self.out / "log.csv")
+
+
+def optimizer_of(model, lr, weight_decay, steps):
+    """AdamW with weight decay on matrices and kernels only, warm-up over a twentieth of the steps, cosine to zero."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ], lr)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))))
+    return optimizer, schedule
+
+
+def fit(run, phase, model, step, split, epochs, lr, watch=lambda: None):
+    """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; one row of log.csv and one state.pt an epoch.
+
+    watch(), called after every tenth of the epochs, gives a kNN accuracy for the log. Resumes from run.state if it is of this phase.
+    """
+    args = run.args
+    torch.manual_seed(args.seed)
+    steps = math.ceil(len(split.labels) / args.batch_size)
+    optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
+    start = 0
+    if run.state and run.state["phase"] == phase:
+        start = run.state["epoch"]
+        if phase == "pretrain":
+            model.queue = torch.empty_like(run.state["model"]["queue"], device=args.device)
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(run.state[name])
+        set_random_state(run.state["random"])
+    bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5)
+    for epoch in range(start, epochs):
+        began, total = time.time(), torch.zeros(2, device=args.device)
+        model.train()
+        for i, (x, y) in enumerate(data.batches(split, args.batch_size, args.device, shuffle=True)):
+            with autocast(args.device):
+                loss, accuracy = step(x, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += torch.stack([loss.detach(), accuracy])
+            bar.update()
+        loss, accuracy = (total / steps).tolist()  # the only wait for the device in an epoch
+        if not math.isfinite(loss):
+            raise data.UserError(f"the {phase} loss is {loss} in epoch {epoch + 1}: try a lower learning rate or a higher --temperature")
+        knn = watch() if (epoch + 1) % max(1, epochs // 10) == 0 else None
+        row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
+                   knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
+        bar.set_postfix({k: row[k] for k in ("epoch", "loss", "accuracy", "lr")} | ({"knn": row["knn"]} if row["knn"] else {}))
+        run.log.append(row)
+        run.write_log()
+        run.save("state.pt", dict(phase=phase, epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                  schedule=schedule.state_dict(), random=random_state(), log=run.log))
+    bar.close()
+
+
+def random_state():
+    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def compiled(model, args):
+    """On a GPU the whole forward and backward pass compiled; on a CPU the LIF layers alone (neuron.py), for that pays sooner."""
+    return torch.compile(model) if torch.device(args.device).type == "cuda" and not args.no_compile else model
+
+
+def pretrain(run, train, encoder):
+    """NeuroMoCo: two views of every recording, no label. Leaves pretrained.pt."""
+    args = run.args
+    moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha, args.beta).to(args.device)
+    forward = compiled(moco, args)
+
+    def step(x, _):
+        loss = forward(data.augment(x, **args.views), data.augment(x, **args.views))
+        return loss, moco.accuracy
+
+    some = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:2000].numpy()
+    probe = data.Split(train.frames[some], train.labels[some], train.classes)
+
+    def watch():
+        features, n = over_split(moco.encoder, probe, args.batch_size, args.device), max(1, len(some) // 5)
+        return knn_accuracy(features[n:], probe.labels[n:], features[:n], probe.labels[:n])
+
+    print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
+    fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
+    run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
+
+
+def finetune(run, train, encoder):
+    """Cross-entropy of the logits averaged over time, on the labelled recordings. Leaves finetuned.pt."""
+    args = run.args
+    model = models.Classifier(encoder, len(train.classes)).to(args.device)
+    forward = compiled(model, args)
+
+    def step(x, y):
+        logits = forward(data.augment(x, **args.finetune)).float().mean(0)  # [B, classes]
+        return F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
+
+    fit(run, "finetune", model, step, train, args.epochs, args.lr)
+    run.save("finetuned.pt", dict(kind="finetuned", classes=train.classes, weights=model.state_dict()))
+    return model
+
+
+def labelled(train, per_class, seed):
+    """The split that fine-tuning sees: per_class recordings of each class, drawn by seed, or all of them if 0."""
+    if not per_class:
+        return train
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)).numpy()
+    chosen = [i for c in range(len(train.classes)) for i in order[train.labels[order] == c][:per_class]]
+    return data.Split(train.frames[chosen], train.labels[chosen], train.classes)
+
+
+def train_and_test(args):
+    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size)
+    args.image_size = train.frames.shape[-1]
+    neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
+    run = Run(args)
+    print(", ".join(f"{k} {v}" for k, v in vars(args).items()), f"\n{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
+    torch.manual_seed(args.seed)
+    encoder = models.build(args.arch, args.image_size)
+    done = run.state is not None and run.state["phase"] == "finetune"
+    if args.pretrain_epochs and not args.init and not done:
+        pretrain(run, train, encoder)
+    if args.init:
+        load_encoder(encoder, args.init, args)
+    few = labelled(train, args.labels_per_class, args.seed)
+    model = finetune(run, few, encoder)
+    print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
+
+
+def load_encoder(encoder, path, args):
+    ckpt = load_checkpoint(path)
+    weights = {k.removeprefix("encoder."): v for k, v in ckpt["weights"].items() if not k.startswith("head.")}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError:
+        was = ckpt["args"]
+        raise data.UserError(f"--init {path}: holds {was['arch']} for {was['image_size']} pixels, this run builds {args.arch} "
+                             f"for {args.image_size}: pass the same --arch and --image-size")
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        try:
+            models.build(args.arch, 128)
+        except ValueError as e:
+            raise data.UserError(f"--arch: {e}")
+        train_and_test(args)
+    except data.UserError as e:
+        sys.exit(fail(e))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
