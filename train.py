@@ -146,7 +146,6 @@ def fit(run, phase, model, step, split, epochs, lr, watch=lambda: None):
     watch(), called after every tenth of the epochs, gives a kNN accuracy for the log. Resumes from run.state if it is of this phase.
     """
     args = run.args
-    torch.manual_seed(args.seed)
     steps = math.ceil(len(split.labels) / args.batch_size)
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     start = 0
@@ -202,6 +201,7 @@ def compiled(model, args):
 def pretrain(run, train, encoder):
     """NeuroMoCo: two views of every recording, no label. Leaves pretrained.pt."""
     args = run.args
+    torch.manual_seed(args.seed)
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha, args.beta).to(args.device)
     forward = compiled(moco, args)
 
@@ -224,6 +224,7 @@ def pretrain(run, train, encoder):
 def finetune(run, train, encoder):
     """Cross-entropy of the logits averaged over time, on the labelled recordings. Leaves finetuned.pt."""
     args = run.args
+    torch.manual_seed(args.seed)
     model = models.Classifier(encoder, len(train.classes)).to(args.device)
     forward = compiled(model, args)
 
@@ -246,6 +247,7 @@ def labelled(train, per_class, seed):
 
 
 def train_and_test(args):
+    init = load_checkpoint(args.init) if args.init else None
     train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size)
     args.image_size = train.frames.shape[-1]
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
@@ -256,21 +258,21 @@ def train_and_test(args):
     done = run.state is not None and run.state["phase"] == "finetune"
     if args.pretrain_epochs and not args.init and not done:
         pretrain(run, train, encoder)
-    if args.init:
-        load_encoder(encoder, args.init, args)
+    if init:
+        load_encoder(encoder, init, args)
     few = labelled(train, args.labels_per_class, args.seed)
     model = finetune(run, few, encoder)
     print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
 
 
-def load_encoder(encoder, path, args):
-    ckpt = load_checkpoint(path)
+def load_encoder(encoder, ckpt, args):
+    """Copy a checkpoint's encoder, with or without a classifier on it, into `encoder`. T may differ: no weight depends on it."""
     weights = {k.removeprefix("encoder."): v for k, v in ckpt["weights"].items() if not k.startswith("head.")}
     try:
         encoder.load_state_dict(weights)
     except RuntimeError:
         was = ckpt["args"]
-        raise data.UserError(f"--init {path}: holds {was['arch']} for {was['image_size']} pixels, this run builds {args.arch} "
+        raise data.UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, this run builds {args.arch} "
                              f"for {args.image_size}: pass the same --arch and --image-size")
 
 
