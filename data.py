@@ -37,8 +37,8 @@ COMMON = dict(
 STILL = dict(views=dict(MILD, flip=False, min_scale=1.0), finetune=dict(MILD, flip=False, min_scale=1.0))
 DATASETS = {
     "toy": COMMON | dict(
-        n_frames=4, image_size=24, arch="spikformer-1-64", pretrain_epochs=40, queue_size=512, batch_size=32, epochs=60, lr=4e-3,
-        labels_per_class=10),
+        n_frames=4, image_size=16, arch="spikformer-1-64", pretrain_epochs=40, queue_size=128, momentum=0.99,
+        epochs=100, lr=2e-3, batch_size=32, labels_per_class=5),
     "cifar10dvs": COMMON,
     "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
     "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
@@ -278,9 +278,10 @@ def read_tonic(dataset, path):
     return dataset[0][0]
 
 
-# The toy data: a shape, one of 10, moves and turns before an event camera. TOY_TRAIN unlabelled recordings in random poses and
-# few labels are the setting in which pre-training earns its keep.
-TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 24, 2000, 500
+# The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
+# Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
+# Frames are cached by seed: change it too when you change the simulation.
+TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 
 def toy_shapes():
@@ -309,40 +310,44 @@ def toy_recordings():
 def toy_events(key, steps=32, threshold=0.25):
     """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
 
-    Contrast, sign of contrast, size, position, speed and turning are drawn anew for each recording, of any class alike, so
-    that neither the number of events nor their polarity tells the class. Returns a structured array (x, y in pixels, t in us, p).
+    Contrast and its sign, size, position, pose, turning and circling are drawn anew for each recording, of any class alike, so
+    that neither the number of events nor their polarity tells the class. key: "toy:<seed>:<number>", the class is number % 10.
+    Returns a structured array (x, y in pixels, t in us, p).
     """
     _, seed, i = key.split(":")
     rng = np.random.default_rng([int(seed), int(i)])
     outline = list(toy_shapes().values())[int(i) % 10]
     time = np.linspace(-0.5, 0.5, steps + 1)[:, None, None]
-    heading, turn, angle = rng.uniform(0, 2 * np.pi), rng.uniform(-2, 2), rng.uniform(0, 2 * np.pi)
-    speed, radius, contrast = rng.uniform(3, 9), rng.uniform(6, 9), rng.uniform(0.6, 1.5) * rng.choice([-1, 1])
-    middle = (TOY_SENSOR - 1) / 2 + rng.uniform(-2, 2, 2)
+    pose = rng.uniform(-0.7, 0.7) + rng.uniform(-0.5, 0.5) * time  # radians
+    radius, contrast = rng.uniform(8, 12), rng.uniform(0.9, 1.2) * rng.choice([-1, 1])
+    phase = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * 2 * np.pi * time
+    middle, sway = (TOY_SENSOR - 1) / 2 + rng.uniform(-3, 3, 2), rng.uniform(1.5, 3)
     y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
-    dx, dy = x - middle[0] - speed * time * np.cos(heading), y - middle[1] - speed * time * np.sin(heading)
-    degree = ((np.arctan2(dy, dx) - angle - turn * time) * 360 / np.pi).astype(int) % 720
-    edge = radius * outline[degree] - np.hypot(dx, dy)
-    brightness = contrast / (1 + np.exp(-2 * edge))  # log of it: [steps + 1, H, W]
+    dx, dy = x - middle[0] - sway * np.cos(phase), y - middle[1] - sway * np.sin(phase)
+    degree = ((np.arctan2(dy, dx) - pose) * 360 / np.pi).astype(int) % 720  # half degrees
+    edge = radius * outline[degree] - np.hypot(dx, dy)  # pixels inside the outline
+    brightness = contrast / (1 + np.exp(-1.5 * edge))  # log of it, [steps + 1, H, W]
     level, events = brightness[0].copy(), []
     for step in range(steps):
         count = np.trunc((brightness[step + 1] - level) / threshold).astype(int)
         level += count * threshold
-        count += rng.choice([-1, 0, 1], count.shape, p=[0.001, 0.998, 0.001])  # noise of the sensor
+        count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
         ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
         events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
     return np.concatenate(events)
 
 
-def batches(split, batch_size, device="cpu", shuffle=False):
-    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, shuffled by torch's seed if asked.
+def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
+    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, in the order of `generator` if shuffled.
 
-    Batches are as equal as can be, batch_size at most, so that no tiny last one upsets batch norm.
+    Batches are as equal as can be, batch_size at most, so that no tiny last one upsets batch norm. share = (rank, world) takes every
+    world-th recording of each batch, for one of several processes; with equal generators they share the same batches.
     """
-    n = len(split.labels)
-    order = torch.randperm(n) if shuffle else torch.arange(n)
+    n, (rank, world) = len(split.labels), share
+    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
-    for index in order.tensor_split(math.ceil(n / batch_size)):
+    for whole in order.tensor_split(math.ceil(n / batch_size)):
+        index = whole[rank::world]
         x, y = frames[index].to(device), labels[index].to(device)  # [B, T, 2, H, W] uint8: bytes travel, floats do not
         yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
 

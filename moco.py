@@ -3,11 +3,11 @@
 One step on two views of a batch, as `forward` computes it:
 
     theta_k <- momentum * theta_k + (1 - momentum) * theta_q      the key encoder follows the query encoder
-    q = head_q(encoder_q(view_q)); k = head_k(encoder_k(view_k))  [T, B, dim], no gradient through k
+    q = head_q(encoder_q(view_q)), k = head_k(encoder_k(view_k))  [T, B, dim], no gradient through k
     loss = MixInfoNCE(q, k, queue)
     queue <- k, the oldest keys leave                             first in, first out
 
-Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only `encoder` is kept; the head is thrown away.
+Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only the query encoder is kept.
 Guarded by `python -m pytest test_all.py -k moco`.
 """
 import copy
@@ -19,7 +19,7 @@ from loss import contrast, mix_info_nce
 
 
 class MoCo(nn.Module):
-    """NeuroMoCo's pre-training (arXiv 2406.06305) of `encoder`, which stays reachable as .encoder.
+    """NeuroMoCo's pre-training (arXiv 2406.06305) of `encoder`, the module trained in place.
 
     encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size K >= 1: negatives kept;
     momentum in [0, 1]: 0 copies the query encoder each step, 1 freezes the key encoder; temperature, alpha, beta: loss.py.
@@ -32,22 +32,20 @@ class MoCo(nn.Module):
             raise ValueError(f"queue_size {queue_size} must be >= 1, momentum {momentum} in [0, 1], temperature {temperature} > 0")
         self.momentum, self.temperature, self.alpha, self.beta = momentum, temperature, alpha, beta
         # The head is MoCo v2's (Chen et al. 2020), applied to each time step; the paper does not describe its own.
-        self.encoder = encoder
-        self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, dim))
-        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.queue_size, self.dim = queue_size, dim
-        self.register_buffer("queue", None)  # [K, T, dim], made by the first step, which knows T
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next key goes
+        head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, dim))
+        self.query = nn.Sequential(encoder, head)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.register_buffer("queue", torch.empty(queue_size, 0, dim))  # [K, T, dim] from the first step on, which knows T
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # of the oldest key, where the next one goes
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
     def forward(self, view_q, view_k):
-        q = self.head(self.encoder(view_q))  # [T, B, dim]
+        q = self.query(view_q)  # [T, B, dim]
         with torch.no_grad():
             self.follow()
-            k = self.key_head(self.key_encoder(view_k))  # [T, B, dim]
-            if self.queue is None:  # random directions, as in MoCo: easy negatives, so the loss rises while keys replace them
-                self.queue = torch.randn(self.queue_size, len(k), self.dim, device=k.device)
+            k = self.key(view_k)  # [T, B, dim]
+            if len(k) != self.queue.shape[1]:
+                self.new_queue(len(k))
         loss = mix_info_nce(q, k, self.queue, self.temperature, self.alpha, self.beta)
         with torch.no_grad():
             logits = contrast(q.mean(0), k.mean(0), self.queue.mean(1), self.temperature)  # [B, 1 + K]
@@ -55,20 +53,22 @@ class MoCo(nn.Module):
             self.enqueue(k)
         return loss
 
+    def new_queue(self, T):
+        """Random directions, as in MoCo. They are easy to tell from a key: the loss rises while keys replace them."""
+        self.queue = torch.randn(len(self.queue), T, self.queue.shape[2], device=self.queue.device)
+
     def follow(self):
         """The momentum update, over parameters only.
 
         Batch-norm statistics are not averaged: in training both encoders normalise by their own batch, so the running
         ones play no part in the loss; the key encoder's follow its own keys, and so fit its weights if it is evaluated.
         """
-        pairs = (self.key_encoder, self.encoder), (self.key_head, self.head)
-        for key, query in pairs:
-            for theta_k, theta_q in zip(key.parameters(), query.parameters()):
-                theta_k.lerp_(theta_q, 1 - self.momentum)
+        for theta_k, theta_q in zip(self.key.parameters(), self.query.parameters()):
+            theta_k.lerp_(theta_q, 1 - self.momentum)
 
     def enqueue(self, k):
         """Write keys k [T, B, dim] over the oldest entries; of a batch larger than the queue the last K stay."""
-        k = k.transpose(0, 1)[-self.queue_size :]  # [B, T, dim]
-        slots = (self.position + torch.arange(len(k), device=k.device)) % self.queue_size
+        k = k.transpose(0, 1)[-len(self.queue) :]  # [B, T, dim]
+        slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
         self.queue.index_copy_(0, slots, k.to(self.queue.dtype))
-        self.position.copy_((self.position + len(k)) % self.queue_size)
+        self.position.copy_((self.position + len(k)) % len(self.queue))

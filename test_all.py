@@ -212,12 +212,12 @@ def test_moco_queue_is_first_in_first_out(size, batch_sizes):
     keys = []
     for b in batch_sizes:
         x, y = torch.rand(2, b, 2, 3, 3), torch.rand(2, b, 2, 3, 3)
-        before = None if net.queue is None else net.queue.clone()
+        before = net.queue.clone() if net.queue.numel() else None
         value = net(x, y)
-        k = net.key_head(net.key_encoder(y)).transpose(0, 1)  # unchanged since the forward pass
+        k = net.key(y).transpose(0, 1)  # unchanged since the forward pass
         keys += list(k)
         if before is not None:  # the loss saw the queue as it was, without the batch's own keys
-            q = net.head(net.encoder(x))
+            q = net.query(x)
             assert value.item() == pytest.approx(slow_mix(q.detach(), k.transpose(0, 1), before, 0.1, 0.5, 0.5), rel=1e-4)
     newest = keys[-size:]
     position = int(net.position)
@@ -230,11 +230,11 @@ def test_moco_queue_is_first_in_first_out(size, batch_sizes):
 def test_moco_momentum_is_exact(momentum):
     net = moco.MoCo(Mean(), dim=4, queue_size=4, momentum=momentum)
     with torch.no_grad():
-        for p in net.encoder.parameters():
+        for p in net.query.parameters():
             p.add_(torch.randn_like(p))
-    was = [p.clone() for p in net.key_encoder.parameters()]
+    was = [p.clone() for p in net.key.parameters()]
     net(torch.rand(2, 3, 2, 3, 3), torch.rand(2, 3, 2, 3, 3)).backward()
-    for old, key, query in zip(was, net.key_encoder.parameters(), net.encoder.parameters()):
+    for old, key, query in zip(was, net.key.parameters(), net.query.parameters()):
         torch.testing.assert_close(key, momentum * old + (1 - momentum) * query)
         assert key.grad is None and not key.requires_grad and query.grad is not None
         assert momentum != 0 or torch.equal(key, query)
@@ -245,7 +245,7 @@ def test_moco_key_statistics_follow_the_keys_own_batches():
     net = moco.MoCo(models.build("spikformer-1-16", 16), queue_size=4, momentum=1.0)
     x, y = torch.rand(2, 3, 2, 16, 16), 5 * torch.rand(2, 3, 2, 16, 16)
     net(x, y)
-    for encoder, view in ((net.encoder, x), (net.key_encoder, y)):
+    for encoder, view in ((net.query[0], x), (net.key[0], y)):
         bn, conv = encoder.stem[0].bn, encoder.stem[0].conv
         torch.testing.assert_close(bn.running_mean, 0.1 * conv(view.flatten(0, 1)).mean((0, 2, 3)), rtol=1e-3, atol=1e-6)
 
@@ -256,8 +256,8 @@ def test_moco_accuracy_counts_queries_that_find_their_key():
     net(x, y)
     queue = F.normalize(net.queue.mean(1), dim=-1)
     net(x, y)
-    q, k = (F.normalize(net.head(net.encoder(v)).mean(0), dim=-1) for v in (x, y))
-    assert net.accuracy.item() == pytest.approx(sum(float(a @ b) > float((queue @ a).max()) for a, b in zip(q.detach(), k)) / 8)
+    q, k = (F.normalize(f(v).mean(0).detach(), dim=-1) for f, v in ((net.query, x), (net.key, y)))
+    assert net.accuracy.item() == pytest.approx(sum(float(a @ b) > float((queue @ a).max()) for a, b in zip(q, k)) / 8)
 
 
 @pytest.mark.parametrize("wrong", [dict(queue_size=0), dict(momentum=1.5), dict(temperature=0.0)])
@@ -449,7 +449,7 @@ def test_data_toy_comes_from_its_seed_and_is_not_told_by_counts():
     first, again = data.toy_events("toy:0:7"), data.toy_events("toy:0:7")
     assert np.array_equal(first, again) and not np.array_equal(first[:50], data.toy_events("toy:1:7")[:50])
     assert set(first.dtype.names) == {"x", "y", "t", "p"} and first["x"].max() < data.TOY_SENSOR
-    frames = np.stack([data.to_frames(data.toy_events(f"toy:0:{i}"), 4, (24, 24), 24) for i in range(600)])
+    frames = np.stack([data.to_frames(data.toy_events(f"toy:0:{i}"), 4, (32, 32), 16) for i in range(600)])
     labels = torch.arange(600) % 10
     counts = torch.from_numpy(frames.sum((3, 4), dtype=np.float32)).flatten(1)
     assert evaluation.knn_accuracy(counts[100:], labels[100:], counts[:100], labels[:100]) < 0.35

@@ -75,7 +75,13 @@ def parse(argv):
     early.add_argument("--dataset", default="toy")
     row = data.recipe(early.parse_known_args(argv)[0].dataset)
     parser.set_defaults(**row)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        models.build(args.arch, 128)
+        torch.empty(0, device=args.device)
+    except (ValueError, RuntimeError, AssertionError) as e:
+        raise data.UserError(f"{str(e).splitlines()[0]} (--arch {args.arch} --device {args.device})")
+    return args
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -98,37 +104,33 @@ def run_folder(args):
 
 
 class Run:
-    """The files of one run, written in whole or not at all."""
+    """The files of one run. Each is written beside its name first, then moved: a stop leaves the old one or the new one."""
 
     def __init__(self, args):
-        self.args, self.out = args, run_folder(args)
+        self.args, self.out, self.log, self.state = args, run_folder(args), [], None
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log, self.state = [], None
         if args.resume and (self.out / "state.pt").exists():
             self.state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
-            self.log = self.state["log"]
-            same = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "root", "no_compile")}
-            wrong = [k for k, v in same.items() if self.state["args"].get(k) != v]
+            self.log, was = self.state["log"], self.state["args"]
+            free = ("out", "resume", "device", "root", "no_compile")
+            wrong = [f"--{k.replace('_', '-')} {was.get(k)}" for k, v in vars(args).items() if k not in free and was.get(k) != v]
             if wrong:
-                was = ", ".join(f"--{k.replace('_', '-')} {self.state['args'].get(k)}" for k in wrong)
-                raise data.UserError(f"--resume: the run in {self.out} was made with {was}: pass the same, or choose another --out")
+                raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
 
     def save(self, name, content):
-        part = self.out / f"{name}.part"
-        torch.save(content | {"args": vars(self.args)}, part)
-        os.replace(part, self.out / name)
+        torch.save(content | {"args": vars(self.args)}, self.out / f"{name}.part")
+        os.replace(self.out / f"{name}.part", self.out / name)
 
     def write_log(self):
-        part = self.out / "log.csv.part"
-        with open(part, "w", newline="") as f:
+        with open(self.out / "log.csv.part", "w", newline="") as f:
             writer = csv.DictWriter(f, ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"])
             writer.writeheader()
             writer.writerows(self.log)
-        os.replace(part, self.out / "log.csv")
+        os.replace(self.out / "log.csv.part", self.out / "log.csv")
 
 
 def optimizer_of(model, lr, weight_decay, steps):
-    """AdamW with weight decay on matrices and kernels only, warm-up over a twentieth of the steps, cosine to zero."""
+    """AdamW with weight decay on matrices and kernels only; warm-up over a twentieth of the steps, then a cosine to zero."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -140,27 +142,24 @@ def optimizer_of(model, lr, weight_decay, steps):
     return optimizer, schedule
 
 
-def fit(run, phase, model, step, split, epochs, lr, watch=lambda: None):
-    """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; one row of log.csv and one state.pt an epoch.
+def fit(run, phase, model, step, split, epochs, lr, watch):
+    """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
-    watch(), called after every tenth of the epochs, gives a kNN accuracy for the log. Resumes from run.state if it is of this phase.
+    watch() gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
     """
-    args = run.args
+    args, start = run.args, 0
     steps = math.ceil(len(split.labels) / args.batch_size)
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
-    start = 0
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
-        if phase == "pretrain":
-            model.queue = torch.empty_like(run.state["model"]["queue"], device=args.device)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(run.state[name])
-        set_random_state(run.state["random"])
     bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5)
     for epoch in range(start, epochs):
+        torch.manual_seed(args.seed + 1_000_000 * (epoch + 1))  # an epoch's draws depend on nothing before: resuming is exact
         began, total = time.time(), torch.zeros(2, device=args.device)
         model.train()
-        for i, (x, y) in enumerate(data.batches(split, args.batch_size, args.device, shuffle=True)):
+        for x, y in data.batches(split, args.batch_size, args.device, shuffle=True):
             with autocast(args.device):
                 loss, accuracy = step(x, y)
             optimizer.zero_grad(set_to_none=True)
@@ -175,22 +174,12 @@ def fit(run, phase, model, step, split, epochs, lr, watch=lambda: None):
         knn = watch() if (epoch + 1) % max(1, epochs // 10) == 0 else None
         row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
                    knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
-        bar.set_postfix({k: row[k] for k in ("epoch", "loss", "accuracy", "lr")} | ({"knn": row["knn"]} if row["knn"] else {}))
+        bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
         run.log.append(row)
         run.write_log()
-        run.save("state.pt", dict(phase=phase, epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                  schedule=schedule.state_dict(), random=random_state(), log=run.log))
+        run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
+                                  optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
     bar.close()
-
-
-def random_state():
-    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-
-def set_random_state(states):
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
 
 
 def compiled(model, args):
@@ -203,18 +192,19 @@ def pretrain(run, train, encoder):
     args = run.args
     torch.manual_seed(args.seed)
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha, args.beta).to(args.device)
+    moco.new_queue(args.n_frames)
     forward = compiled(moco, args)
 
     def step(x, _):
         loss = forward(data.augment(x, **args.views), data.augment(x, **args.views))
         return loss, moco.accuracy
 
-    some = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:2000].numpy()
-    probe = data.Split(train.frames[some], train.labels[some], train.classes)
+    every = max(1, len(train.labels) // 1000)
+    probe = data.Split(train.frames[::every], train.labels[::every], train.classes)
 
     def watch():
-        features, n = over_split(moco.encoder, probe, args.batch_size, args.device), max(1, len(some) // 5)
-        return knn_accuracy(features[n:], probe.labels[n:], features[:n], probe.labels[:n])
+        features, query = over_split(encoder, probe, args.batch_size, args.device), torch.arange(len(probe.labels)) % 5 == 0
+        return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
@@ -232,7 +222,7 @@ def finetune(run, train, encoder):
         logits = forward(data.augment(x, **args.finetune)).float().mean(0)  # [B, classes]
         return F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
 
-    fit(run, "finetune", model, step, train, args.epochs, args.lr)
+    fit(run, "finetune", model, step, train, args.epochs, args.lr, watch=lambda: None)
     run.save("finetuned.pt", dict(kind="finetuned", classes=train.classes, weights=model.state_dict()))
     return model
 
@@ -278,12 +268,7 @@ def load_encoder(encoder, ckpt, args):
 
 def main(argv=None):
     try:
-        args = parse(argv)
-        try:
-            models.build(args.arch, 128)
-        except ValueError as e:
-            raise data.UserError(f"--arch: {e}")
-        train_and_test(args)
+        train_and_test(parse(argv))
     except data.UserError as e:
         sys.exit(fail(e))
     except KeyboardInterrupt:
