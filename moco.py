@@ -13,6 +13,7 @@ Guarded by `python -m pytest test_all.py -k moco`.
 import copy
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from loss import contrast, mix_info_nce
@@ -68,7 +69,24 @@ class MoCo(nn.Module):
 
     def enqueue(self, k):
         """Write keys k [T, B, dim] over the oldest entries; of a batch larger than the queue the last K stay."""
-        k = k.transpose(0, 1)[-len(self.queue) :]  # [B, T, dim]
+        k = gather(k.transpose(0, 1).to(self.queue.dtype))[-len(self.queue) :]  # [B, T, dim]
         slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
-        self.queue.index_copy_(0, slots, k.to(self.queue.dtype))
+        self.queue.index_copy_(0, slots, k)
         self.position.copy_((self.position + len(k)) % len(self.queue))
+
+
+def gather(k):
+    """The keys [B, ...] of all processes in the order of the whole batch, of which process r holds rows r, r + world, ...
+
+    Shares may differ by one row: all are padded to the longest, and the padding ends up behind the last row.
+    """
+    if not dist.is_initialized():
+        return k
+    world = dist.get_world_size()
+    total = torch.tensor(len(k))
+    dist.all_reduce(total)  # on the CPU: no wait for a GPU
+    longest = -(-int(total) // world)
+    padded = torch.cat([k, k.new_zeros(longest - len(k), *k.shape[1:])])
+    shares = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(shares, padded)
+    return torch.stack(shares, 1).flatten(0, 1)[:total]  # [longest, world, ...] -> [B of all, ...]

@@ -836,8 +836,9 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
     assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"])).name == shapes.name + "-2"
 
 
-def command(*argv, cwd=HERE):
-    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=300)
+def command(*argv, threads=None):
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -868,3 +869,64 @@ def test_train_command_line_on_the_toy_data(tmp_path):
     assert last.startswith("test accuracy ") and last.endswith("500 recordings)")
     again = command("eval.py", "--ckpt", str(tmp_path / "run" / "finetuned.pt"))
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == last
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def test_train_on_two_processes(shapes, tmp_path):
+    """One process under torchrun is a run without it; two share the work, write once, and resume; a mistake ends all of them."""
+    flags = ["--dataset", str(shapes), "--root", str(tmp_path / "root"), *TINY, "--batch-size", "7"]
+    out = lambda name: ["--out", str(tmp_path / name)]
+    plain = command("train.py", *flags, *out("plain"), threads=1)
+    one, two = (command(*TORCHRUN, n, "train.py", *flags, *out(name), threads=1) for n, name in (("1", "one"), ("2", "two")))
+    assert plain.returncode == one.returncode == two.returncode == 0, plain.stderr + one.stderr + two.stderr
+    a, b = weights(tmp_path / "plain" / "finetuned.pt"), weights(tmp_path / "one" / "finetuned.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert two.stdout.count("test accuracy") == 1
+    rows = (tmp_path / "two" / "log.csv").read_text().splitlines()
+    assert len(rows) == 5 and all(math.isfinite(float(r.split(",")[2])) for r in rows[1:])
+    again = command(*TORCHRUN, "2", "train.py", *flags, *out("two"), "--resume")
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == two.stdout.splitlines()[-1]
+    wrong = command(*TORCHRUN, "2", "train.py", *flags, *out("three"), "--init", "no/such.pt")
+    assert wrong.returncode != 0 and "no/such.pt" in wrong.stderr
+
+
+SHARES = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import data, models, moco
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+net = moco.MoCo(models.build("spikformer-1-16", 16), queue_size=5, momentum=0.5)
+net.new_queue(2)
+x, y = torch.rand(2, {n}, 2, 16, 16), torch.rand(2, {n}, 2, 16, 16)
+net.eval()
+call = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+for _ in range(2):
+    loss = call(x[:, rank::world], y[:, rank::world])
+    share = len(x[0, rank::world]) / {n}
+    net.zero_grad()
+    (loss * share * world).backward()
+    total = share * loss.detach()
+    dist.all_reduce(total)
+    with torch.no_grad():
+        for p in net.query.parameters():
+            p -= 0.1 * p.grad
+torch.save(dict(net.state_dict(), loss=total), f"{{sys.argv[1]}}/{{world}}-{{rank}}.pt")
+"""
+
+
+@pytest.mark.parametrize("n", [6, 5])
+def test_moco_on_two_processes_is_moco_on_one(tmp_path, n):
+    """In evaluation mode of batch norm: the same loss, weights and queue, on both ranks, for even and uneven shares."""
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES.format(here=str(HERE), n=n))
+    for world in (1, 2):
+        run = command(*TORCHRUN, str(world), str(script), str(tmp_path))
+        assert run.returncode == 0, run.stderr
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for k in alone:
+        assert torch.equal(first[k], second[k])
+        torch.testing.assert_close(first[k], alone[k], rtol=1e-4, atol=1e-5)

@@ -15,9 +15,11 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -88,6 +90,24 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     pass
 
 
+def join(args):
+    """Under torchrun, join the other processes, if any: gloo for what is on CPUs, NCCL for GPUs; process 0 alone writes and prints."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))  # the others wait for downloads
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def processes():
+    """(number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def run_folder(args):
     """--out, or runs/<dataset> with a number: the next free one, to resume the last one. Nothing is ever written over."""
     if args.out:
@@ -107,7 +127,10 @@ class Run:
     """The files of one run. Each is written beside its name first, then moved: a stop leaves the old one or the new one."""
 
     def __init__(self, args):
-        self.args, self.out, self.log, self.state = args, run_folder(args), [], None
+        out = [run_folder(args)] if processes()[0] == 0 else [None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(out)
+        self.args, self.out, self.log, self.state = args, out[0], [], None
         self.out.mkdir(parents=True, exist_ok=True)
         if args.resume and (self.out / "state.pt").exists():
             self.state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
@@ -118,15 +141,17 @@ class Run:
                 raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
 
     def save(self, name, content):
-        torch.save(content | {"args": vars(self.args)}, self.out / f"{name}.part")
-        os.replace(self.out / f"{name}.part", self.out / name)
+        if processes()[0] == 0:
+            torch.save(content | {"args": vars(self.args)}, self.out / f"{name}.part")
+            os.replace(self.out / f"{name}.part", self.out / name)
 
     def write_log(self):
-        with open(self.out / "log.csv.part", "w", newline="") as f:
-            writer = csv.DictWriter(f, ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"])
-            writer.writeheader()
-            writer.writerows(self.log)
-        os.replace(self.out / "log.csv.part", self.out / "log.csv")
+        if processes()[0] == 0:
+            with open(self.out / "log.csv.part", "w", newline="") as f:
+                writer = csv.DictWriter(f, ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"])
+                writer.writeheader()
+                writer.writerows(self.log)
+            os.replace(self.out / "log.csv.part", self.out / "log.csv")
 
 
 def optimizer_of(model, lr, weight_decay, steps):
@@ -147,27 +172,36 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
 
     watch() gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
     """
-    args, start = run.args, 0
+    args, start, (rank, world) = run.args, 0, processes()
     steps = math.ceil(len(split.labels) / args.batch_size)
+    sizes = [len(batch) for batch in torch.arange(len(split.labels)).tensor_split(steps)]
+    if min(sizes) < world:
+        raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(run.state[name])
-    bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5)
+    bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0)
     for epoch in range(start, epochs):
-        torch.manual_seed(args.seed + 1_000_000 * (epoch + 1))  # an epoch's draws depend on nothing before: resuming is exact
+        seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
+        order = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed + 1000 * rank)
         began, total = time.time(), torch.zeros(2, device=args.device)
         model.train()
-        for x, y in data.batches(split, args.batch_size, args.device, shuffle=True):
+        batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
+        for (x, y), size in zip(batches, sizes):
             with autocast(args.device):
                 loss, accuracy = step(x, y)
+            share = len(y) / size  # 1 for a single process; gradients are averaged over processes, hence world below
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * (share * world)).backward()
             optimizer.step()
             schedule.step()
-            total += torch.stack([loss.detach(), accuracy])
+            total += share * torch.stack([loss.detach(), accuracy])
             bar.update()
+        if world > 1:
+            dist.all_reduce(total)
         loss, accuracy = (total / steps).tolist()  # the only wait for the device in an epoch
         if not math.isfinite(loss):
             raise data.UserError(f"the {phase} loss is {loss} in epoch {epoch + 1}: try a lower learning rate or a higher --temperature")
@@ -182,9 +216,18 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     bar.close()
 
 
-def compiled(model, args):
-    """On a GPU the whole forward and backward pass compiled; on a CPU the LIF layers alone (neuron.py), for that pays sooner."""
-    return torch.compile(model) if torch.device(args.device).type == "cuda" and not args.no_compile else model
+def engine(model, args):
+    """What to call to train `model`: itself, averaging gradients over processes, compiled as a whole on a GPU.
+
+    Batch-norm statistics are those of all processes on GPUs, of each process on CPUs, where PyTorch has no such thing. On a CPU the
+    LIF layers alone are compiled (neuron.py), for that pays sooner.
+    """
+    cuda = torch.device(args.device).type == "cuda"
+    if dist.is_initialized():
+        if cuda:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return torch.compile(model) if cuda and not args.no_compile else model
 
 
 def pretrain(run, train, encoder):
@@ -193,7 +236,7 @@ def pretrain(run, train, encoder):
     torch.manual_seed(args.seed)
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha, args.beta).to(args.device)
     moco.new_queue(args.n_frames)
-    forward = compiled(moco, args)
+    forward = engine(moco, args)
 
     def step(x, _):
         loss = forward(data.augment(x, **args.views), data.augment(x, **args.views))
@@ -216,7 +259,7 @@ def finetune(run, train, encoder):
     args = run.args
     torch.manual_seed(args.seed)
     model = models.Classifier(encoder, len(train.classes)).to(args.device)
-    forward = compiled(model, args)
+    forward = engine(model, args)
 
     def step(x, y):
         logits = forward(data.augment(x, **args.finetune)).float().mean(0)  # [B, classes]
@@ -238,7 +281,12 @@ def labelled(train, per_class, seed):
 
 def train_and_test(args):
     init = load_checkpoint(args.init) if args.init else None
+    join(args)
+    if processes()[0]:
+        dist.barrier()  # process 0 makes the frames, the others find them
     train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size)
+    if dist.is_initialized() and not processes()[0]:
+        dist.barrier()
     args.image_size = train.frames.shape[-1]
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
     run = Run(args)
