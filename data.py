@@ -38,12 +38,14 @@ STILL = dict(views=dict(MILD, flip=False, min_scale=1.0), finetune=dict(MILD, fl
 DATASETS = {
     "toy": COMMON | dict(
         n_frames=4, image_size=16, arch="spikformer-1-64", pretrain_epochs=40, queue_size=128, momentum=0.99,
-        epochs=100, lr=2e-3, batch_size=32, labels_per_class=5),
+        temperature=0.4, epochs=100, lr=4e-3, batch_size=32, labels_per_class=5),
     "cifar10dvs": COMMON,
     "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
     "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
     "nmnist": COMMON | STILL | dict(n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
-    "folder": COMMON | STILL | dict(n_frames=4, image_size=None, arch="spikformer-1-64", queue_size=512, batch_size=32),
+    "folder": COMMON | STILL | dict(  # small enough for a laptop
+        n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=128, momentum=0.99,
+        epochs=60, lr=4e-3, batch_size=32),
 }
 
 Split = namedtuple("Split", "frames labels classes")  # uint8 [N, T, 2, size, size], int64 [N], list of names
@@ -258,10 +260,17 @@ def tonic_recordings(name, root):
         dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                dataset.__init__(str(root), **({"train": split == "train"} if official else {}))
+                options = {"train": split == "train"} if official else {}
+                dataset.__init__(str(root), **options)
+                inner = list(Path(dataset.location_on_system).rglob("Caltech101.zip"))
+                if inner and not dataset.data:  # N-Caltech101's archive holds another, which tonic leaves as it is
+                    tonic.download_utils.extract_archive(str(inner[0]), dataset.location_on_system)
+                    dataset.__init__(str(root), **options)
         except Exception as e:
             raise UserError(f"{name} is not under {root} and cannot be downloaded ({type(e).__name__}: {e}): fetch {dataset.url} "
                             f"(md5 {dataset.file_md5}), put it at {os.path.join(dataset.location_on_system, dataset.filename)}, run again")
+        if not dataset.data:
+            raise UserError(f"{name}: no recordings in {dataset.location_on_system}: remove that folder, so that it is fetched anew")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
         names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
         recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
@@ -310,8 +319,8 @@ def toy_recordings():
 def toy_events(key, steps=32, threshold=0.25):
     """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
 
-    Contrast and its sign, size, position, pose, turning and circling are drawn anew for each recording, of any class alike, so
-    that neither the number of events nor their polarity tells the class. key: "toy:<seed>:<number>", the class is number % 10.
+    Contrast, size, position, pose, turning and circling are drawn anew for each recording, of any class alike, so that neither
+    the number of events nor their polarity tells the class. key: "toy:<seed>:<number>", the class is number % 10.
     Returns a structured array (x, y in pixels, t in us, p).
     """
     _, seed, i = key.split(":")
@@ -319,8 +328,8 @@ def toy_events(key, steps=32, threshold=0.25):
     outline = list(toy_shapes().values())[int(i) % 10]
     time = np.linspace(-0.5, 0.5, steps + 1)[:, None, None]
     pose = rng.uniform(-0.7, 0.7) + rng.uniform(-0.5, 0.5) * time  # radians
-    radius, contrast = rng.uniform(8, 12), rng.uniform(0.9, 1.2) * rng.choice([-1, 1])
-    phase = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * 2 * np.pi * time
+    radius, contrast = rng.uniform(9, 12.5), rng.uniform(0.9, 1.2)
+    phase = rng.uniform(-0.3, 0.3) + 2 * np.pi * time
     middle, sway = (TOY_SENSOR - 1) / 2 + rng.uniform(-3, 3, 2), rng.uniform(1.5, 3)
     y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
     dx, dy = x - middle[0] - sway * np.cos(phase), y - middle[1] - sway * np.sin(phase)
@@ -348,8 +357,18 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, shar
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
     for whole in order.tensor_split(math.ceil(n / batch_size)):
         index = whole[rank::world]
-        x, y = frames[index].to(device), labels[index].to(device)  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        x, y = frames[index.to(frames.device)], labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
+
+
+def on_device(split, device):
+    """The split with its frames on the GPU, if they take less than half of the memory free there; else as it is."""
+    if torch.device(device).type != "cuda" or split.frames.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return split
+    return split._replace(frames=torch.as_tensor(split.frames).to(device))
 
 
 def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):

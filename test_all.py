@@ -637,6 +637,23 @@ def test_data_public_sets_as_tonic_lays_them_out(tmp_path, capsys, name, fill, c
                                                   for r in sorted((r for r in rows if r[:2] == [part, c]), key=lambda r: data.natural(r[2]))]
 
 
+def test_data_caltech_archive_within_the_archive(tmp_path):
+    write_bin(tmp_path / "one.bin", recording(12))
+    folder = tmp_path / "NCALTECH101"
+    (folder / "N-Caltech101-archive").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "N-Caltech101-archive" / "Caltech101.zip", "w") as z:
+        for c, n in {"BACKGROUND_Google": 4000, "airplanes": 4709}.items():
+            for i in range(n):
+                z.write(tmp_path / "one.bin", f"Caltech101/{c}/image_{i:04}.bin")
+    with zipfile.ZipFile(folder / "N-Caltech101-archive.zip", "w") as z:
+        z.write(folder / "N-Caltech101-archive" / "Caltech101.zip", "N-Caltech101-archive/Caltech101.zip")
+    import tonic
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tonic.datasets.NCALTECH101, "file_md5", hashlib.md5((folder / "N-Caltech101-archive.zip").read_bytes()).hexdigest())
+        train_set, test_set = data.load("ncaltech101", tmp_path, 1, 8)
+    assert (len(train_set.labels), len(test_set.labels)) == (3600 + 4239, 400 + 470)
+
+
 @pytest.fixture
 def server(tmp_path):
     """A web server on this machine: /good sends the archive, /empty answers 202 with nothing, /other the wrong bytes, /broken half."""
