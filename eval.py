@@ -48,7 +48,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
-    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
     bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
@@ -133,10 +133,20 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(fail(message))
     args = parser.parse_args(argv)
     try:
+        check_device(args.device)
         for path in args.ckpt:
             evaluate(path, args, len(args.ckpt) > 1)
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(fail(e))
+
+
+def check_device(device):
+    try:
+        known = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        known = False
+    if not known:
+        raise data.UserError(f"--device {device}: PyTorch has no such device here: try --device cpu")
 
 
 def fail(message):

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 def contrast(q, k, queue, temperature):
     """Logits of InfoNCE, the positive first. q, k: [..., B, D], queue: [..., K, D], any length -> [..., B, 1 + K]."""
-    q, k, queue = (F.normalize(z, dim=-1) for z in (q, k, queue))
-    positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
-    negative = q @ queue.transpose(-1, -2)  # [..., B, K]
-    return torch.cat([positive, negative], -1) / temperature
+    with torch.autocast(q.device.type, enabled=False):  # half precision in the product, over the temperature, is too coarse
+        q, k, queue = (F.normalize(z.float(), dim=-1) for z in (q, k, queue))
+        positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
+        negative = q @ queue.transpose(-1, -2)  # [..., B, K]
+        return torch.cat([positive, negative], -1) / temperature
 
 
 def info_nce(q, k, queue, temperature):
@@ -37,7 +38,7 @@ def mix_info_nce(q, k, queue, temperature, alpha, beta):
     q, k: [T, B, D] raw embeddings of two views; queue: [K, T, D] raw embeddings of earlier keys; temperature > 0.
     alpha, beta: weights of MBC and MAC. The paper sets them equal; 0.5 each (chosen) keeps the scale of either alone.
     """
-    q, k, queue = q.float(), k.float(), queue.float()  # under autocast too: sums over the queue overflow half precision
+    q, k = q.float(), k.float()
     mbc = info_nce(q.mean(0), k.mean(0), queue.mean(1), temperature)
     mac = info_nce(q, k, queue.transpose(0, 1), temperature)
     return alpha * mbc + beta * mac

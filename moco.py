@@ -75,6 +75,7 @@ class MoCo(nn.Module):
         self.position.copy_((self.position + len(k)) % len(self.queue))
 
 
+@torch.compiler.disable
 def gather(k):
     """The keys [B, ...] of all processes in the order of the whole batch, of which process r holds rows r, r + world, ...
 

@@ -124,7 +124,7 @@ def run(pass_, constants, *tensors):
         try:
             return fused(pass_, constants)(*tensors)
         except Exception as e:
-            warnings.warn(f"LIF runs uncompiled, slower with the same numbers: {str(e).splitlines()[0]}")
+            warnings.warn(f"LIF runs uncompiled, slower with the same numbers: {str(e)[:200].strip().partition(chr(10))[0]}")
             COMPILE_AFTER = None
     return pass_(*tensors, *constants)
 
@@ -132,4 +132,5 @@ def run(pass_, constants, *tensors):
 @functools.cache
 def fused(pass_, constants):
     """pass_ compiled with its constants closed over: as arguments the compiler would make them variables, at half the speed."""
+    torch._dynamo.config.recompile_limit = 64  # for all LIFs together: passes x thresholds x T x types; past it they run uncompiled
     return torch.compile(lambda *tensors: pass_(*tensors, *constants))

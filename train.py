@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import models
 import neuron
-from eval import accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split
+from eval import accuracy_line, autocast, check_device, fail, knn_accuracy, load_checkpoint, over_split
 from moco import MoCo
 
 
@@ -69,21 +69,22 @@ def parse(argv):
     group("--batch-size", type=number(int, 1), help="recordings a step")
     group = parser.add_argument_group("run").add_argument
     group("--out", help="the run's folder; None: runs/<dataset>, with a number if that exists")
-    group("--seed", type=int, default=0, help="of weights, order, augmentation and choice of labels")
+    group("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
     group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped")
     group("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
 
     early = argparse.ArgumentParser(add_help=False)
+    early.error = parser.error
     early.add_argument("--dataset", default="toy")
     row = data.recipe(early.parse_known_args(argv)[0].dataset)
     parser.set_defaults(**row)
     args = parser.parse_args(argv)
+    check_device(args.device)
     try:
         models.build(args.arch, 128)
-        torch.empty(0, device=args.device)
-    except (ValueError, RuntimeError, AssertionError) as e:
-        raise data.UserError(f"{str(e).splitlines()[0]} (--arch {args.arch} --device {args.device})")
+    except ValueError as e:
+        raise data.UserError(f"--arch: {e}")
     return args
 
 
@@ -131,17 +132,32 @@ def run_folder(args):
     return folders[-2] if args.resume and n > 1 else folders[-1]
 
 
+def load_state(out):
+    """What state.pt in the folder `out` holds; None if no epoch of a run has ended there."""
+    if not (out / "log.csv").exists():
+        return None
+    try:
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        if not {"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state):
+            raise KeyError
+        return state
+    except Exception:
+        raise data.UserError(f"--resume: {out / 'state.pt'} is missing or damaged: take another --out, or --init {out / 'pretrained.pt'}")
+
+
 class Run:
     """The files of one run. Each is written beside its name first, then moved: a stop leaves the old one or the new one."""
 
     def __init__(self, args):
-        out = [run_folder(args)] if processes()[0] == 0 else [None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(out)
-        self.args, self.out, self.log, self.state = args, out[0], [], None
+        found = [None, None]
+        if processes()[0] == 0:
+            out = run_folder(args)
+            found = [out, load_state(out) if args.resume else None]
+        if dist.is_initialized():  # process 0 alone looks: the others may not see its disk
+            dist.broadcast_object_list(found)
+        self.args, self.log, (self.out, self.state) = args, [], found
         self.out.mkdir(parents=True, exist_ok=True)
-        if args.resume and (self.out / "state.pt").exists():
-            self.state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+        if self.state:
             self.log, was = self.state["log"], self.state["args"]
             free = ("out", "resume", "device", "root", "no_compile")
             wrong = [f"--{k.replace('_', '-')} {was.get(k)}" for k, v in vars(args).items() if k not in free and was.get(k) != v]
@@ -175,16 +191,23 @@ def optimizer_of(model, lr, weight_decay, steps):
     return optimizer, schedule
 
 
+def batch_sizes(split, args):
+    """Of the batches that data.batches makes of `split`."""
+    n, world = len(split.labels), processes()[1]
+    sizes = [len(batch) for batch in torch.arange(n).tensor_split(math.ceil(n / args.batch_size))]
+    if min(sizes) < world:
+        raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
+    return sizes
+
+
 def fit(run, phase, model, step, split, epochs, lr, watch):
     """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
     watch() gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
     """
     args, start, (rank, world) = run.args, 0, processes()
-    steps = math.ceil(len(split.labels) / args.batch_size)
-    sizes = [len(batch) for batch in torch.arange(len(split.labels)).tensor_split(steps)]
-    if min(sizes) < world:
-        raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
+    sizes = batch_sizes(split, args)
+    steps = len(sizes)
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
@@ -254,10 +277,15 @@ def pretrain(run, train, encoder):
     probe = data.Split(train.frames[::every], train.labels[::every], train.classes)
 
     def watch():
-        features, query = over_split(encoder, probe, args.batch_size, args.device), torch.arange(len(probe.labels)) % 5 == 0
+        query = torch.arange(len(probe.labels)) % 5 == 0
+        if query.all():  # a single recording
+            return None
+        features = over_split(encoder, probe, args.batch_size, args.device)
         return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
+    if args.queue_size > len(train.labels) / 2:
+        print(f"warning: a queue of {args.queue_size} holds most of the {len(train.labels)} recordings: their own keys return as negatives; lower --queue-size")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
     run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
@@ -291,14 +319,17 @@ def train_and_test(args):
     init = load_checkpoint(args.init) if args.init else None
     keep_memory()
     join(args)
-    if processes()[0]:
-        dist.barrier()  # process 0 makes the frames, the others find them
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()  # the first process of a machine makes the frames, the others find them
     train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size)
-    if dist.is_initialized() and not processes()[0]:
+    if dist.is_initialized() and first:
         dist.barrier()
     args.image_size = train.frames.shape[-1]
     train = data.on_device(train, args.device)
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
+    few = labelled(train, args.labels_per_class, args.seed)
+    batch_sizes(train, args), batch_sizes(few, args)  # complain before the hours of pre-training
     run = Run(args)
     print(", ".join(f"{k} {v}" for k, v in vars(args).items()), f"\n{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
     torch.manual_seed(args.seed)
@@ -308,7 +339,6 @@ def train_and_test(args):
         pretrain(run, train, encoder)
     if init:
         load_encoder(encoder, init, args)
-    few = labelled(train, args.labels_per_class, args.seed)
     model = finetune(run, few, encoder)
     print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
 
@@ -327,7 +357,7 @@ def load_encoder(encoder, ckpt, args):
 def main(argv=None):
     try:
         train_and_test(parse(argv))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(fail(e))
     except KeyboardInterrupt:
         print("\nstopped: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
