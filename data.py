@@ -343,7 +343,8 @@ def toy_events(key, steps=32, threshold=0.25):
         count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
         ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
         events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
-    return np.concatenate(events)
+    events = np.concatenate(events)
+    return events[np.argsort(events["t"], kind="stable")]
 
 
 def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
