@@ -134,7 +134,7 @@ def run_folder(args):
 
 def load_state(out):
     """What state.pt in the folder `out` holds; None if no epoch of a run has ended there."""
-    if not (out / "log.csv").exists():
+    if not (out / "log.csv").exists() and not (out / "state.pt").exists():
         return None
     try:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
@@ -241,9 +241,9 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
                    knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
         bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
         run.log.append(row)
-        run.write_log()
         run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
                                   optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
+        run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
     bar.close()
 
 
