@@ -63,18 +63,18 @@ def to_frames(events, n_frames, sensor_size, size):
     of the frame sums the sensor's pixels that fall into it; counts clip at 255. Raises ValueError outside the sensor.
     """
     (width, height), n = sensor_size, len(events)
-    t = events["t"]
-    if n > 1 and (t[1:] < t[:-1]).any():
+    t = np.ascontiguousarray(events["t"])  # the fields of a structured array lie apart: one copy each makes the rest fast
+    if (t[1:] < t[:-1]).any():
         events = events[np.argsort(t, kind="stable")]
-    x, y = events["x"].astype(np.intp), events["y"].astype(np.intp)
+    x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
     if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
         raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels (x {x.min()} to {x.max()}, y {y.min()} to {y.max()})")
-    pixel = (y * size // height) * size + x * size // width + (events["p"] > 0) * (size * size)
+    pixel = y * size // height * size + x * size // width + (events["p"] > 0) * np.int32(size * size)
     frames = np.empty((n_frames, 2 * size * size), np.uint8)
     for i in range(n_frames):
         stop = (i + 1) * (n // n_frames) if i < n_frames - 1 else n
         counts = np.bincount(pixel[i * (n // n_frames) : stop], minlength=2 * size * size)
-        np.minimum(counts, 255, out=frames[i], casting="unsafe")
+        frames[i] = np.minimum(counts, 255)
     return frames.reshape(n_frames, 2, size, size)
 
 
@@ -358,7 +358,7 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, shar
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
     for whole in order.tensor_split(math.ceil(n / batch_size)):
         index = whole[rank::world]
-        x, y = frames[index.to(frames.device)], labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        x, y = frames.index_select(0, index.to(frames.device)), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
         if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
