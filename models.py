@@ -14,16 +14,21 @@ Guarded by `python -m pytest test_all.py -k models`.
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from neuron import LIF
+from neuron import LIF, gradient_of, per_neuron, spikes_of
 
 
 class ConvLIF(nn.Module):
-    """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes [T, B, C', H', W']."""
+    """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes [T, B, C', H', W'].
 
-    def __init__(self, c_in, c_out, kernel, stride=1, pool=False):
+    first: the input is frames, any numbers; otherwise spikes or sums of them, whole numbers below 256.
+    """
+
+    def __init__(self, c_in, c_out, kernel, stride=1, pool=False, first=False):
         super().__init__()
+        self.first = first
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
         # Chosen: with a scale of 1, as usual, only about 2 % of the neurons fire at birth; with 2 it is 15 to 50 %.
@@ -32,9 +37,63 @@ class ConvLIF(nn.Module):
         self.lif = LIF()
 
     def forward(self, x):
-        steps = x.shape[:2]
+        own_memory = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)  # a compiler decides itself what to keep
+        if self.training and type(self.bn) is nn.BatchNorm2d and not own_memory:
+            return LeanConvLIF.apply(x, self.conv.weight, self.bn.weight, self.bn.bias, self)
         current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C, H, W]
-        return self.lif(current.unflatten(0, steps))  # [T, B, C, H, W]
+        return self.lif(current.unflatten(0, x.shape[:2]))  # [T, B, C, H, W]
+
+
+class LeanConvLIF(torch.autograd.Function):
+    """ConvLIF in training, of which backward finds only the convolution's output c and its input, a byte for a spike.
+
+    PyTorch on its own keeps the output of batch norm, of the pool, where the maxima were, and four bytes for a spike: more than
+    twice as much. All that is cheap to compute again. The pool comes first, for normalising moves no maximum, and leaves a quarter of
+    the values. With mean m and variance v of a channel's n values, z = (c - m) / sqrt(v + eps) and y = weight z + bias:
+
+        dL/dc = weight / sqrt(v + eps) * (dL/dy - sum(dL/dy) / n - z sum(z dL/dy) / n)     dL/dy = 0 where the pool picked another
+    """
+
+    @staticmethod
+    def forward(ctx, x, kernel, weight, bias, block):
+        ctx.block, ctx.steps, bn = block, x.shape[:2], block.bn
+        x = x.flatten(0, 1)
+        c = block.conv(x)  # [T*B, C, H, W]
+        mean, var = torch.batch_norm_update_stats(c, bn.running_mean, bn.running_var, bn.momentum)
+        bn.num_batches_tracked += 1
+        ctx.save_for_backward(x if block.first else x.byte(), kernel, weight, bias, c, mean, var)
+        return per_neuron(spikes_of, block.lif.constants, LeanConvLIF.current(ctx, c, weight, bias, mean, var)[0])
+
+    @staticmethod
+    def current(ctx, c, weight, bias, mean, var):
+        """The LIF's input [T, B, C, H', W'], the values of c that the pool picked, and their places."""
+        index = None
+        if isinstance(ctx.block.pool, nn.MaxPool2d):
+            flip = torch.where(weight < 0, -1, 1)[:, None, None] if (weight < 0).any() else None  # there the least becomes the largest
+            c, index = F.max_pool2d(c if flip is None else c * flip, 3, 2, 1, return_indices=True)
+            c = c if flip is None else c * flip
+        y = F.batch_norm(c, mean, var, weight, bias, eps=ctx.block.bn.eps)
+        return y.unflatten(0, ctx.steps), c, index
+
+    @staticmethod
+    def backward(ctx, g):
+        x, kernel, weight, bias, c, mean, var = ctx.saved_tensors
+        conv, aten = ctx.block.conv, torch.ops.aten
+        current, picked, index = LeanConvLIF.current(ctx, c, weight, bias, mean, var)
+        g = per_neuron(gradient_of, ctx.block.lif.constants, current, g).flatten(0, 1)  # dL/dy [T*B, C, H', W']
+        rstd = (var + ctx.block.bn.eps).rsqrt()
+        scale, n = weight * rstd, c.numel() / len(weight)
+        gbias = g.sum((0, 2, 3))
+        gweight = (g * (picked - mean[:, None, None])).sum((0, 2, 3)) * rstd
+        g.mul_(scale[:, None, None])
+        if index is not None:
+            g = aten.max_pool2d_with_indices_backward(g, c, [3, 3], [2, 2], [1, 1], [1, 1], False, index)  # [T*B, C, H, W]
+        slope = -scale * rstd * gweight / n
+        g.addcmul_(c, slope[:, None, None]).sub_((scale * gbias / n + slope * mean)[:, None, None])
+        needed = [ctx.needs_input_grad[0], True, False]
+        gx, gkernel, _ = aten.convolution_backward(
+            g, x.to(g.dtype), kernel, None, conv.stride, conv.padding, [1, 1], False, [0, 0], 1, needed)
+        return gx if gx is None else gx.unflatten(0, ctx.steps), gkernel, gweight, gbias, None
 
 
 class SEWBlock(nn.Module):
@@ -60,7 +119,7 @@ class SEWResNet18(nn.Module):
         super().__init__()
         self.dim = 8 * width
         large = image_size >= 64
-        self.stem = ConvLIF(2, width, 7, 2) if large else ConvLIF(2, width, 3)
+        self.stem = ConvLIF(2, width, 7, 2, first=True) if large else ConvLIF(2, width, 3, first=True)
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(*[
@@ -109,7 +168,7 @@ class Spikformer(nn.Module):
         self.dim = dim
         widths = [2, dim // 8, dim // 4, dim // 2, dim]
         self.stem = nn.Sequential(*[
-            ConvLIF(widths[i], widths[i + 1], 3, pool=image_size >= 64 or i >= 2) for i in range(4)
+            ConvLIF(widths[i], widths[i + 1], 3, pool=image_size >= 64 or i >= 2, first=i == 0) for i in range(4)
         ])
         self.position = ConvLIF(dim, dim, 3)
         self.layers = nn.ModuleList()

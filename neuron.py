@@ -82,12 +82,7 @@ class LIF(nn.Module):
         self.constants = float(tau), float(v_threshold), float(v_reset), float(alpha)
 
     def forward(self, x):
-        # Neurons do not meet one another, so any memory format is a [T, N] matrix when read in the order of its bytes.
-        order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)
-        back = sorted(range(x.ndim), key=order.__getitem__)
-        y = x.permute(order)
-        spikes = _LIF.apply(y.reshape(len(x), -1), self.constants)  # [T, N]
-        return spikes.view(y.shape).permute(back)  # [T, ...]
+        return _LIF.apply(x, self.constants)
 
     def extra_repr(self):
         return "tau={}, v_threshold={}, v_reset={}, alpha={}".format(*self.constants)
@@ -98,12 +93,24 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x, constants):
         ctx.save_for_backward(x)
         ctx.constants = constants
-        return run(spikes_of, constants, x)
+        return per_neuron(spikes_of, constants, x)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        return run(gradient_of, ctx.constants, x, g.contiguous()), None
+        return per_neuron(gradient_of, ctx.constants, x, g), None
+
+
+def per_neuron(pass_, constants, *tensors):
+    """One of the two passes above over tensors [T, ...] -> [T, ...] in the memory format of the first.
+
+    Neurons do not meet one another, so any memory format is a [T, N] matrix when read in the order of its bytes.
+    """
+    x = tensors[0]
+    order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    y = run(pass_, constants, *(t.permute(order).reshape(len(t), -1) for t in tensors))  # [T, N]
+    return y.view([x.shape[i] for i in order]).permute(back)  # [T, ...]
 
 
 # Compiling takes about half a minute once a machine and seconds once a run, and makes a layer about 15 times faster: it starts

@@ -4,6 +4,7 @@
 
 Tests against SpikingJelly and of AEDAT4 files are skipped where spikingjelly or dv-processing is not installed.
 """
+import copy
 import hashlib
 import http.server
 import io
@@ -337,6 +338,41 @@ def test_models_exchange_weights_with_spikingjelly(arch, training):
         mine, other = ours(x), theirs(x)
     assert other.std(1).mean() > 1e-3  # the recordings are told apart at all
     torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_models_block_that_keeps_little_computes_what_its_modules_do(pool, first):
+    torch.manual_seed(0)
+    lean = models.ConvLIF(3, 8, 3, stride=1 if pool else 2, pool=pool, first=first).double()
+    torch.nn.init.normal_(lean.bn.weight), torch.nn.init.normal_(lean.bn.bias)  # weights of either sign
+    plain = copy.deepcopy(lean)
+    x = torch.randint(0, 4, (5, 2, 3, 9, 9)).double() * (0.3 if first else 1)
+    x = models.channels_last(x)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1 = lean(x1)
+    y2 = plain.lif(plain.pool(plain.bn(plain.conv(x2.flatten(0, 1)))).unflatten(0, (5, 2)))
+    assert torch.equal(y1, y2) and 0.05 < y1.mean() < 0.95
+    g = torch.randn_like(y1)
+    y1.backward(g), y2.backward(g)
+    assert x1.grad is not None
+    for a, b in zip((x1, *lean.parameters()), (x2, *plain.parameters())):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+    for (name, a), (_, b) in zip(lean.named_buffers(), plain.named_buffers()):
+        assert torch.equal(a, b), name
+
+
+def test_models_block_keeps_its_output_before_batch_norm_and_its_input_in_bytes():
+    block, kept = models.ConvLIF(4, 8, 3, pool=True), {}
+
+    def note(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+    x = torch.ones(3, 2, 4, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        block(x)
+    small = 4 * (block.conv.weight.numel() + 4 * 8)  # kernel, scale, shift, mean, variance
+    assert sum(kept.values()) == 3 * 2 * 16 * 16 * (4 * 1 + 8 * 4) + small
 
 
 @pytest.mark.parametrize("arch, size, dim", [("sew-resnet-18-8", 32, 64), ("sew-resnet-18-8", 64, 64), ("spikformer-1-32", 34, 32),
