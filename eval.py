@@ -132,12 +132,12 @@ def accuracy_figures(logits, labels, classes):
 
 
 def alignment_uniformity(a, b, z):
-    """Wang and Isola 2020, of features [N, D] made unit length; |x - y|^2 is 2 - 2 xy then. 0 and -4 at best.
+    """Wang and Isola 2020, of features [N, D] made unit length; 0 and -4 are best.
 
-    alignment: mean |a - b|^2 of two views of the same recording; uniformity: log of mean exp(-2 |z_i - z_j|^2) over all pairs.
+    alignment: mean |a - b|^2 of two views of the same recording; uniformity: log of mean exp(-2 |z_i - z_j|^2) over pairs i != j.
     """
     (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
-    total = sum((4 * rows @ z.T - 4).exp().sum() for rows in z.split(1024))  # each with itself gives 1
+    total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
     return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
 
 
@@ -151,9 +151,10 @@ def spike_figures(net, run, n, T):
 
     def see(name, module, inputs, out):
         if isinstance(module, neuron.LIF):
-            sums[name]["spikes"] += out.float().sum((0, 1))  # of every neuron
-            some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
-            rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, some])
+            if name not in rasters:
+                some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
+                rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
+            sums[name]["spikes"] += out.sum((0, 1), dtype=torch.float32)  # of every neuron
             return
         if isinstance(module, models.ConvLIF):  # makes q, k and v of an attention, whose two products take 16 MACs for each q and k
             x, macs = torch.stack(out.chunk(3, 2)[:2]), 32 * out.numel() // 3
@@ -185,30 +186,30 @@ def figures(path, args):
     """All numbers about a checkpoint, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     ckpt = load_checkpoint(path)
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
-    train, test = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"])
-    train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in (train, test))
-    net = restore(ckpt, args.device)
-    encoder, n = getattr(net, "encoder", net), len(test.labels)
+    train, test = (split._replace(labels=torch.as_tensor(split.labels))
+                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"]))
+    net, n = restore(ckpt, args.device), len(test.labels)
+    encoder = getattr(net, "encoder", net)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
-    f = dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes)
-    out, spikes, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
+    out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
+    f |= dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
     if ckpt["kind"] == "finetuned":
         f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
         if not any(f["strangers"]):
             f |= accuracy_figures(out, torch.tensor([classes.index(c) for c in test.classes])[test.labels], classes)
     bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])
-    torch.manual_seed(0)  # always the same views
-    f |= spikes | alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
     f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in (("knn", knn_accuracy), ("probe", probe_accuracy))}
+    torch.manual_seed(0)  # always the same views
+    f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
     x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
-    with torch.no_grad():
+    with torch.no_grad(), autocast(args.device):
         batch, one = (Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5).median
                       for x in (x, x[:, :1].contiguous()))
     f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
-              device=args.device, frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
-    torch.manual_seed(0)
+              frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
     x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
+    torch.manual_seed(0)
     return f, dict(rasters=rasters, features=z, labels=test.labels, names=test.classes, frames=[x, view(x), view(x)])
 
 
@@ -256,24 +257,13 @@ def table(runs):
 
 
 def draw(f, show, folder):
-    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart."""
+    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart; curves from the log.csv beside the checkpoint."""
     from matplotlib.figure import Figure  # here, for it is optional
-    pages = {}
+    log, made, pages = Path(f["path"]).with_name("log.csv"), f["args"], {}
 
     def page(name, width, height, *grid, **options):
         pages[name] = Figure((width, height), layout="constrained")
         return pages[name], pages[name].subplots(*grid, squeeze=False, **options)
-    draw_training(f, page)
-    draw_spikes(f, show, page)
-    draw_classes(f, show, page)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in pages.items():
-        figure.savefig(folder / f"{name}.png")
-
-
-def draw_training(f, page):
-    """Loss and accuracy by epoch, from the log.csv beside the checkpoint, if any."""
-    log, made = Path(f["path"]).with_name("log.csv"), f["args"]
     log = list(csv.DictReader(log.open())) if log.exists() else []
     chance = dict(pretrain=(made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), finetune=math.log(len(f["classes"])))
     phases = [phase for phase in chance if any(x["phase"] == phase for x in log)]
@@ -283,12 +273,16 @@ def draw_training(f, page):
         loss.axhline(chance[phase], color="grey", ls="--", label="chance")
         loss.plot(epochs, losses, color=BLUE)
         loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, None))
-        loss.legend(frameon=False)
         share.plot(epochs, accuracy, color=BLUE, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
         if not knn.isnan().all():
             share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
         share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
-        share.legend(frameon=False)
+        loss.legend(frameon=False), share.legend(frameon=False)
+    draw_spikes(f, show, page)
+    draw_classes(f, show, page)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in pages.items():
+        figure.savefig(folder / f"{name}.png")
 
 
 def draw_spikes(f, show, page):
@@ -300,7 +294,7 @@ def draw_spikes(f, show, page):
     for t, column in zip(steps, grid.T):
         column[0].set_title(f"t = {t + 1}")
         for ax, x, name in zip(column, show["frames"], ("recording", "a view of it", "another view")):
-            off, on = (x[t, 0] / show["frames"][0].max()).sqrt()[..., None]  # [H, W, 1]; each takes its part of white, both: dark
+            off, on = (x[t, 0] / show["frames"][0].max().clamp(min=1)).sqrt()[..., None]  # [H, W, 1]; each takes its part of white, both: dark
             ax.imshow((1 - off * torch.tensor([0.16, 0.63, 1.0]) - on * torch.tensor([1.0, 0.55, 0.3])).clamp(0, 1))
             ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
     figure.legend(handles=[Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")], ncols=2, loc="outside lower center", frameon=False)
@@ -340,7 +334,7 @@ def draw_classes(f, show, page):
     for c, name in enumerate(names):
         x, y = points[show["labels"] == c].T
         ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
-        ax.text(x.median(), y.median(), name, size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.75, pad=1, lw=0))
+        ax.text(x.median(), y.median(), name, size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
     ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
 
 
