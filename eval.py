@@ -4,10 +4,10 @@
     python eval.py --ckpt runs/*/finetuned.pt --json all.json       # a row each, then mean and deviation over seeds
     python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER   # transfer: kNN and linear probe on other data
 
-A prediction after t steps is the mean of the logits over steps 1 to t. Features are those of the frozen encoder, averaged over time.
-Theoretical energy: 4.6 pJ a multiply-accumulate (MAC), 0.9 pJ an accumulate or synaptic operation, of which a layer has MACs x mean of
-its input: the firing rate, where an input of 2, the sum of two spikes, counts twice. In q (k^T v), a spike of k adds a row of v, and a
-spike of q a row of k^T v. Guarded by `python -m pytest test_all.py -k eval`.
+A prediction after t steps is the mean of the logits over steps 1 to t. Features are those of the frozen encoder, averaged over time;
+kNN and probe learn from all training labels. Theoretical energy: 4.6 pJ a multiply-accumulate (MAC), 0.9 pJ a synaptic operation, an
+accumulate. A layer has MACs x mean of its input of them: the firing rate, where the sum of two spikes counts twice; in the product
+q (k^T v) a spike of k adds a row of v, and a spike of q a row of k^T v. Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
@@ -31,8 +32,8 @@ import neuron
 
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="µJ")  # the columns of several checkpoints
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
-ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); the first convolution and the head take real numbers: MACs;
-  batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
+ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first convolution and the head,
+  which take real numbers; batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
 BLUE, RED, *_ = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
 
 
@@ -132,10 +133,8 @@ def accuracy_figures(logits, labels, classes):
 
 
 def alignment_uniformity(a, b, z):
-    """Wang and Isola 2020, of features [N, D] made unit length; 0 and -4 are best.
-
-    alignment: mean |a - b|^2 of two views of the same recording; uniformity: log of mean exp(-2 |z_i - z_j|^2) over pairs i != j.
-    """
+    """Wang and Isola 2020, of features [N, D] at unit length, 0 and -4 are best: mean |a - b|^2 of two views of the same recordings, and
+    log of mean exp(-2 |z_i - z_j|^2) over pairs i != j."""
     (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
     total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
     return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
@@ -178,7 +177,8 @@ def spike_figures(net, run, n, T):
         macs, operations = s["macs"] / n, 0.0 if real else float(s["operations"]) / n
         layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if real else 0.9e-6 * operations))
         layers[-1] |= rates(s["spikes"]) if name in rasters else {}
-    total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")} | rates(torch.cat([sums[k]["spikes"].flatten() for k in rasters]))
+    total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")}
+    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters]))
     return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
 
 
@@ -204,8 +204,8 @@ def figures(path, args):
     f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
     x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
     with torch.no_grad(), autocast(args.device):
-        batch, one = (Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5).median
-                      for x in (x, x[:, :1].contiguous()))
+        timers = (Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()) for x in (x, x[:, :1].contiguous()))
+        batch, one = (timer.blocked_autorange(min_run_time=0.2).median for timer in timers)  # seconds
     f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
               frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
     x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
@@ -233,7 +233,7 @@ def tell(f):
         print(f"{x['layer']:20} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
     dense = f["energy_without_spikes"]
     print(f"the same network without spikes: {dense:.4f} µJ on the same {T} frames, {dense / T:.4f} µJ on a single one\n{ASSUMED}")
-    print(f"{f['parameters']:,} parameters; {f['per_second']:,.0f} recordings/s, {f['batch']} at a time; {f['latency']:.2f} ms for one ({f['device']})")
+    print(f"{f['parameters']:,} parameters; on {f['device']} {f['per_second']:,.0f} recordings/s, {f['batch']} at once; {f['latency']:.2f} ms for one")
     print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {'unchanged' if f['frozen'] else 'CHANGED'} by all this")
     print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
     if "accuracy" in f:
@@ -257,24 +257,24 @@ def table(runs):
 
 
 def draw(f, show, folder):
-    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart; curves from the log.csv beside the checkpoint."""
+    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart; curves from log.csv beside the checkpoint."""
     from matplotlib.figure import Figure  # here, for it is optional
     log, made, pages = Path(f["path"]).with_name("log.csv"), f["args"], {}
 
     def page(name, width, height, *grid, **options):
         pages[name] = Figure((width, height), layout="constrained")
         return pages[name], pages[name].subplots(*grid, squeeze=False, **options)
-    log = list(csv.DictReader(log.open())) if log.exists() else []
+    log = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
     chance = dict(pretrain=(made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), finetune=math.log(len(f["classes"])))
     phases = [phase for phase in chance if any(x["phase"] == phase for x in log)]
     for phase, (loss, share) in zip(phases, page("curves", 9, 4.6, 2, len(phases), sharex="col")[1].T if phases else ()):
         values = torch.tensor([[float(x[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")] for x in log if x["phase"] == phase])
-        epochs, losses, accuracy, knn = (values * torch.tensor([1, 1, 100, 100])).T
+        epochs, losses, accuracy, knn = (values * torch.tensor([1, 1, 100, 100])).T.numpy()
         loss.axhline(chance[phase], color="grey", ls="--", label="chance")
         loss.plot(epochs, losses, color=BLUE)
         loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, None))
         share.plot(epochs, accuracy, color=BLUE, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
-        if not knn.isnan().all():
+        if phase == "pretrain":
             share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
         share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
         loss.legend(frameon=False), share.legend(frameon=False)
@@ -294,17 +294,18 @@ def draw_spikes(f, show, page):
     for t, column in zip(steps, grid.T):
         column[0].set_title(f"t = {t + 1}")
         for ax, x, name in zip(column, show["frames"], ("recording", "a view of it", "another view")):
-            off, on = (x[t, 0] / show["frames"][0].max().clamp(min=1)).sqrt()[..., None]  # [H, W, 1]; each takes its part of white, both: dark
-            ax.imshow((1 - off * torch.tensor([0.16, 0.63, 1.0]) - on * torch.tensor([1.0, 0.55, 0.3])).clamp(0, 1))
+            off, on = (x[t, 0] / show["frames"][0].max().clamp(min=1)).sqrt()[..., None]  # [H, W, 1], taken away from white
+            ax.imshow((1 - off * torch.tensor([0.16, 0.63, 1.0]) - on * torch.tensor([1.0, 0.55, 0.3])).clamp(0, 1).numpy())
             ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
-    figure.legend(handles=[Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")], ncols=2, loc="outside lower center", frameon=False)
+    key = [Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")]
+    figure.legend(handles=key, ncols=2, loc="outside lower center", frameon=False)
     _, [[raster, *bars]] = page("spikes", 9, 1 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
     for i, x in enumerate(layers):
-        t, k = show["rasters"][x["layer"]].nonzero().T
+        t, k = show["rasters"][x["layer"]].nonzero().T.numpy()
         raster.hlines(i + (k - 7.5) / 19, t + 0.6, t + 1.4, color="black", lw=1.5)
         raster.axhline(i + 0.5, color="lightgrey", lw=0.8)
     raster.set(xlabel="time step", ylabel="16 neurons of each layer", yticks=range(len(layers)), yticklabels=[x["layer"] for x in layers],
-               xlim=(0.5, T + 0.5), ylim=(len(layers) - 0.5, -0.5), xticks=range(1, T + 1))
+               xlim=(0.5, T + 0.5), ylim=(len(layers) - 0.5, -0.5), xticks=range(1, T + 1, 1 + T // 9))
     for ax, key, label in zip(bars, ("rate", "silent", "energy"), ("firing rate, %", "silent neurons, %", "energy, µJ")):
         ax.barh(range(len(layers)), [x[key] for x in layers], 0.7, color=BLUE)
         ax.set_xlabel(label)
@@ -318,10 +319,10 @@ def draw_classes(f, show, page):
         share, low, high = zip(*f["steps"])
         steps.fill_between(range(1, T + 1), low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
         steps.plot(range(1, T + 1), share, "o-", color=BLUE)
-        steps.set(xlabel="time steps seen", ylabel="test accuracy, %", xticks=range(1, T + 1))
+        steps.set(xlabel="time steps seen", ylabel="test accuracy, %", xticks=range(1, T + 1, 1 + T // 9))
         steps.legend(frameon=False, loc="lower right")
         counts = torch.tensor(f["confusion"])
-        percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
         figure.colorbar(matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100), label="% of the class")
         for i, j in counts.nonzero().tolist():
             matrix.text(j, i, counts[i, j].item(), size=small, ha="center", va="center", color="white" if percent[i, j] > 50 else "black")
@@ -331,10 +332,10 @@ def draw_classes(f, show, page):
     variances, axes = torch.linalg.eigh(z.T @ z)
     points, percent = z @ axes[:, [-1, -2]], 100 * variances / variances.sum()  # [N, 2]
     _, [[ax]] = page("map", 7, 5)
-    for c, name in enumerate(names):
-        x, y = points[show["labels"] == c].T
+    for c in show["labels"].unique().tolist():
+        x, y = points[show["labels"] == c].T.numpy()
         ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
-        ax.text(x.median(), y.median(), name, size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
+        ax.text(np.median(x), np.median(y), names[c], size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
     ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
 
 
