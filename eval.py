@@ -30,7 +30,7 @@ import data
 import models
 import neuron
 
-UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="µJ")  # the columns of several checkpoints
+UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
 ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first convolution and the head,
   which take real numbers; batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
@@ -143,7 +143,7 @@ def alignment_uniformity(a, b, z):
 def spike_figures(net, run, n, T):
     """Call run(), which passes n recordings of T steps through `net`, and sum up by forward hooks what its layers see.
 
-    Returns run()'s result; for each layer and in all MACs, operations and energy (µJ) of a recording, firing rate and silent neurons (no
+    Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
     spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
     """
     sums, rasters = defaultdict(lambda: dict(macs=0, operations=0, spikes=0)), {}
@@ -227,12 +227,12 @@ def tell(f):
             print(f"  {n} x {a} taken for {b}")
         print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
         print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + (f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""))
-    print(f"{'layer':20} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, µJ':>11}")
+    print(f"{'layer':20} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
     for x in f["layers"] + [f | dict(layer="all")]:
         rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
         print(f"{x['layer']:20} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
     dense = f["energy_without_spikes"]
-    print(f"the same network without spikes: {dense:.4f} µJ on the same {T} frames, {dense / T:.4f} µJ on a single one\n{ASSUMED}")
+    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
     print(f"{f['parameters']:,} parameters; on {f['device']} {f['per_second']:,.0f} recordings/s, {f['batch']} at once; {f['latency']:.2f} ms for one")
     print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {'unchanged' if f['frozen'] else 'CHANGED'} by all this")
     print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
