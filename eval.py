@@ -1,19 +1,40 @@
-"""What a checkpoint is worth: accuracy of a fine-tuned classifier, kNN and linear probe of a pre-trained encoder.
+"""What a checkpoint is worth: accuracy, representation, spikes and energy, as text, JSON and pictures.
 
-    python eval.py --ckpt runs/toy/finetuned.pt        # test accuracy, per class, worst confusions
-    python eval.py --ckpt runs/toy/pretrained.pt       # frozen features: kNN and linear probe, trained on the training labels
-    python eval.py --ckpt runs/*/finetuned.pt          # one row each
+    python eval.py --ckpt runs/toy/finetuned.pt --pictures docs     # everything; of a pretrained.pt too, without accuracy
+    python eval.py --ckpt runs/*/finetuned.pt --json all.json       # a row each, then mean and deviation over seeds
+    python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER   # transfer: kNN and linear probe on other data
 
-Guarded by `python -m pytest test_all.py -k eval`.
+A prediction after t steps is the mean of the logits over steps 1 to t. Features are those of the frozen encoder, averaged over time;
+kNN and probe learn from all training labels. Theoretical energy: 4.6 pJ a multiply-accumulate (MAC), 0.9 pJ a synaptic operation, an
+accumulate. A layer has MACs x mean of its input of them: the firing rate, where the sum of two spikes counts twice; in the product
+q (k^T v) a spike of k adds a row of v, and a spike of q a row of k^T v. Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
+import contextlib
+import csv
+import functools
+import importlib.util
+import json
+import math
 import sys
+from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 import data
 import models
+import neuron
+
+UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
+LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
+ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first convolution and the head,
+  which take real numbers; batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
+BLUE, RED, *_ = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
 
 
 def autocast(device):
@@ -22,14 +43,16 @@ def autocast(device):
 
 
 @torch.no_grad()
-def over_split(model, split, batch_size, device):
-    """The model's outputs over a split in evaluation mode, averaged over time: [T, B, D] -> float [N, D], on the CPU."""
+def over_split(model, split, batch_size, device, each_step=False, view=lambda x: x):
+    """The model's outputs [T, B, D] over (views of) a split in evaluation mode, on the CPU: their mean over time, float [N, D];
+    each_step: all of them, [T, N, D]."""
     training = model.training
     model.eval()
     with autocast(device):
-        out = [model(x).float().mean(0).cpu() for x, _ in data.batches(split, batch_size, device)]  # each [B, D]
+        steps = (model(view(x)).float() for x, _ in data.batches(split, batch_size, device))  # each [T, B, D]
+        out = [(z if each_step else z.mean(0)).cpu() for z in steps]
     model.train(training)
-    return torch.cat(out)
+    return torch.cat(out, -2)
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -50,7 +73,6 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
     mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
-    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -86,42 +108,235 @@ def restore(ckpt, device):
     return net.to(device).eval()
 
 
+def wilson(hits, n, z=1.959964):
+    """[share of hits, lower, upper end of its 95 % interval] in percent; Wilson 1927."""
+    p, w = hits / n, z * z / n
+    half = (w * p * (1 - p) + w * w / 4) ** 0.5
+    return [100 * p, 100 * max(0.0, p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)]
+
+
 def accuracy_line(logits, labels):
-    accuracy = 100 * (logits.argmax(1) == torch.as_tensor(labels)).float().mean().item()
-    return f"test accuracy {accuracy:.2f} % (last epoch, {len(labels)} recordings)"
+    return LAST_LINE.format(wilson((logits.argmax(1) == torch.as_tensor(labels)).sum().item(), len(labels))[0], len(labels))
 
 
-def report(logits, labels, classes):
-    """Print the accuracy of every class and the five commonest confusions."""
-    guesses, labels = logits.argmax(1), torch.as_tensor(labels)
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    confusion.index_put_((labels, guesses), torch.tensor(1), accumulate=True)  # [true, guessed]
-    for name, row, hits in zip(classes, confusion, confusion.diag()):
-        print(f"  {name:24} {100 * hits / row.sum().clamp(min=1):6.2f} % of {row.sum()}")
-    wrong = confusion - confusion.diag().diag()
-    for n, i in zip(*wrong.flatten().topk(min(5, wrong.numel()))):
-        if n:
-            print(f"  {n} x {classes[i // len(classes)]} taken for {classes[i % len(classes)]}")
+def accuracy_figures(logits, labels, classes):
+    """Of logits [T, N, classes], in percent: accuracy and its interval after each number of steps, by class; who is taken for whom."""
+    T, N, C = logits.shape
+    guesses = torch.stack([logits[: t + 1].mean(0).argmax(1) for t in range(T)])  # [T, N]
+    steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
+    confusion = torch.bincount(labels * C + guesses[-1], minlength=C * C).view(C, C)  # [true, guessed]
+    worst = zip(*(z.tolist() for z in confusion.clone().fill_diagonal_(0).flatten().topk(min(5, C * C))))
+    top5 = wilson((logits.mean(0).topk(min(5, C)).indices == labels[:, None]).sum().item(), N)[0]
+    return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, top5=top5 if C > 10 else None, confusion=confusion.tolist(),
+                by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
+                worst=[[n, classes[i // C], classes[i % C]] for n, i in worst if n])
 
 
-def evaluate(path, args, one_of_many):
+def alignment_uniformity(a, b, z):
+    """Wang and Isola 2020, of features [N, D] at unit length, 0 and -4 are best: mean |a - b|^2 of two views of the same recordings, and
+    log of mean exp(-2 |z_i - z_j|^2) over pairs i != j."""
+    (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
+    total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
+    return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
+
+
+def spike_figures(net, run, n, T):
+    """Call run(), which passes n recordings of T steps through `net`, and sum up by forward hooks what its layers see.
+
+    Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
+    spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
+    """
+    sums, rasters = defaultdict(lambda: dict(macs=0, operations=0, spikes=0)), {}
+
+    def see(name, module, inputs, out):
+        if isinstance(module, neuron.LIF):
+            if name not in rasters:
+                some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
+                rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
+            sums[name]["spikes"] += out.sum((0, 1), dtype=torch.float32)  # of every neuron
+            return
+        if isinstance(module, models.ConvLIF):  # makes q, k and v of an attention, whose two products take 16 MACs for each q and k
+            x, macs = torch.stack(out.chunk(3, 2)[:2]), 32 * out.numel() // 3
+        else:
+            x, macs = inputs[0], out.numel() * module.weight[0].numel()
+        sums[name]["macs"] += macs
+        sums[name]["operations"] += macs * x.mean(dtype=torch.float64)
+
+    def rates(spikes):
+        return dict(rate=100 * spikes.mean().item() / (n * T), silent=100 * (spikes == 0).float().mean().item())
+
+    with contextlib.ExitStack() as hooks:
+        for name, m in net.named_modules():
+            layer = functools.partial(see, name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif"))
+            if isinstance(m, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
+                hooks.enter_context(getattr(m, "qkv", m).register_forward_hook(layer))
+        result = run()
+    layers = []
+    for name, s in sums.items():
+        real = not layers or name not in rasters  # frames enter the first convolution, means over space the head
+        macs, operations = s["macs"] / n, 0.0 if real else float(s["operations"]) / n
+        layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if real else 0.9e-6 * operations))
+        layers[-1] |= rates(s["spikes"]) if name in rasters else {}
+    total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")}
+    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters]))
+    return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
+
+
+def figures(path, args):
+    """All numbers about a checkpoint, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     ckpt = load_checkpoint(path)
-    made = ckpt["args"]
-    train, test = data.load(args.dataset or made["dataset"], args.root or made["root"], made["n_frames"], made["image_size"])
-    if test.classes != ckpt["classes"]:
-        raise data.UserError(f"{path}: was trained on the classes {ckpt['classes']}, the data have {test.classes}: pass its own --dataset")
-    net = restore(ckpt, args.device)
-    out = over_split(net, test, made["batch_size"], args.device)
+    made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
+    train, test = (split._replace(labels=torch.as_tensor(split.labels))
+                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"]))
+    net, n = restore(ckpt, args.device), len(test.labels)
+    encoder = getattr(net, "encoder", net)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
+    out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
+    f |= dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
     if ckpt["kind"] == "finetuned":
-        if not one_of_many:
-            report(out, test.labels, test.classes)
-        line = accuracy_line(out, test.labels)
-    else:
-        bank = over_split(net, train, made["batch_size"], args.device)
-        knn = knn_accuracy(bank, train.labels, out, test.labels)
-        probe = probe_accuracy(bank, train.labels, out, test.labels)
-        line = f"frozen features: kNN {100 * knn:.2f} %, linear probe {100 * probe:.2f} % ({len(test.labels)} test recordings)"
-    print(f"{path}  {line}" if one_of_many else line)
+        f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
+        if not any(f["strangers"]):
+            f |= accuracy_figures(out, torch.tensor([classes.index(c) for c in test.classes])[test.labels], classes)
+    bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])
+    f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in (("knn", knn_accuracy), ("probe", probe_accuracy))}
+    torch.manual_seed(0)  # always the same views
+    f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
+    x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
+    with torch.no_grad(), autocast(args.device):
+        timers = (Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()) for x in (x, x[:, :1].contiguous()))
+        batch, one = (timer.blocked_autorange(min_run_time=0.2).median for timer in timers)  # seconds
+    f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
+              frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
+    x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
+    torch.manual_seed(0)
+    return f, dict(rasters=rasters, features=z, labels=test.labels, names=test.classes, frames=[x, view(x), view(x)])
+
+
+def tell(f):
+    """Print the figures of one checkpoint."""
+    made, T, few = f["args"], f["args"]["n_frames"], len(f["classes"]) <= 20
+    print(f"{f['path']}: {f['kind']} {made['arch']}, T = {T}, {made['image_size']} x {made['image_size']} pixels, on {f['dataset']}")
+    if any(f.get("strangers", ())):
+        print("no accuracy, the classes do not agree: only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
+    if "accuracy" in f:
+        print("accuracy by class" + few * ", and as which class, in the same order, its recordings are taken")
+        for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
+            print(f"  {name:20} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
+        for n, a, b in f["worst"]:
+            print(f"  {n} x {a} taken for {b}")
+        print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
+        print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + (f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""))
+    print(f"{'layer':20} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
+    for x in f["layers"] + [f | dict(layer="all")]:
+        rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
+        print(f"{x['layer']:20} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
+    dense = f["energy_without_spikes"]
+    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
+    print(f"{f['parameters']:,} parameters; on {f['device']} {f['per_second']:,.0f} recordings/s, {f['batch']} at once; {f['latency']:.2f} ms for one")
+    print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {'unchanged' if f['frozen'] else 'CHANGED'} by all this")
+    print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
+    if "accuracy" in f:
+        print(LAST_LINE.format(f["accuracy"], f["recordings"]))
+
+
+def table(runs):
+    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed; returns these groups."""
+    width, groups, by_recipe = max(len(f["path"]) for f in runs), [], defaultdict(dict)
+    numbers = torch.tensor([[f.get(k, math.nan) for k in UNITS] for f in runs], dtype=torch.float64)  # [runs, columns]
+    print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
+    for i, (f, row) in enumerate(zip(runs, numbers.tolist())):
+        print(f["path"].ljust(width), *(f"{v:15.2f}".replace("nan", "  -") for v in row))
+        recipe = {k: v for k, v in f["args"].items() if k not in ("seed", "out", "root", "device", "resume", "no_compile")}
+        by_recipe[json.dumps([f["kind"], f["dataset"], recipe], sort_keys=True)][f["args"]["seed"]] = i
+    for rows in (list(of_seed.values()) for of_seed in by_recipe.values() if len(of_seed) > 1):
+        mean, std = numbers[rows].mean(0).tolist(), numbers[rows].std(0).tolist()
+        print(f"{len(rows)} seeds".ljust(width), *(f"{m:.2f} ± {s:.2f}".replace("nan ± nan", "-").rjust(15) for m, s in zip(mean, std)))
+        groups.append(dict(paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m})
+    return groups
+
+
+def draw(f, show, folder):
+    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart; curves from log.csv beside the checkpoint."""
+    from matplotlib.figure import Figure  # here, for it is optional
+    log, made, pages = Path(f["path"]).with_name("log.csv"), f["args"], {}
+
+    def page(name, width, height, *grid, **options):
+        pages[name] = Figure((width, height), layout="constrained")
+        return pages[name], pages[name].subplots(*grid, squeeze=False, **options)
+    log = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
+    chance = dict(pretrain=(made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), finetune=math.log(len(f["classes"])))
+    phases = [phase for phase in chance if any(x["phase"] == phase for x in log)]
+    for phase, (loss, share) in zip(phases, page("curves", 9, 4.6, 2, len(phases), sharex="col")[1].T if phases else ()):
+        values = torch.tensor([[float(x[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")] for x in log if x["phase"] == phase])
+        epochs, losses, accuracy, knn = (values * torch.tensor([1, 1, 100, 100])).T.numpy()
+        loss.axhline(chance[phase], color="grey", ls="--", label="chance")
+        loss.plot(epochs, losses, color=BLUE)
+        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, None))
+        share.plot(epochs, accuracy, color=BLUE, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
+        if phase == "pretrain":
+            share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
+        share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
+        loss.legend(frameon=False), share.legend(frameon=False)
+    draw_spikes(f, show, page)
+    draw_classes(f, show, page)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in pages.items():
+        figure.savefig(folder / f"{name}.png")
+
+
+def draw_spikes(f, show, page):
+    """The frames of a recording and two views of it; the spikes of a recording, and what every layer does."""
+    from matplotlib.patches import Patch
+    T, layers = f["args"]["n_frames"], [x for x in f["layers"] if "rate" in x]
+    steps = torch.linspace(0, T - 1, min(T, 8)).round().int().tolist()
+    figure, grid = page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps))
+    for t, column in zip(steps, grid.T):
+        column[0].set_title(f"t = {t + 1}")
+        for ax, x, name in zip(column, show["frames"], ("recording", "a view of it", "another view")):
+            off, on = (x[t, 0] / show["frames"][0].max().clamp(min=1)).sqrt()[..., None]  # [H, W, 1], taken away from white
+            ax.imshow((1 - off * torch.tensor([0.16, 0.63, 1.0]) - on * torch.tensor([1.0, 0.55, 0.3])).clamp(0, 1).numpy())
+            ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
+    key = [Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")]
+    figure.legend(handles=key, ncols=2, loc="outside lower center", frameon=False)
+    _, [[raster, *bars]] = page("spikes", 9, 1 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
+    for i, x in enumerate(layers):
+        t, k = show["rasters"][x["layer"]].nonzero().T.numpy()
+        raster.hlines(i + (k - 7.5) / 19, t + 0.6, t + 1.4, color="black", lw=1.5)
+        raster.axhline(i + 0.5, color="lightgrey", lw=0.8)
+    raster.set(xlabel="time step", ylabel="16 neurons of each layer", yticks=range(len(layers)), yticklabels=[x["layer"] for x in layers],
+               xlim=(0.5, T + 0.5), ylim=(len(layers) - 0.5, -0.5), xticks=range(1, T + 1, 1 + T // 9))
+    for ax, key, label in zip(bars, ("rate", "silent", "energy"), ("firing rate, %", "silent neurons, %", "energy, µJ")):
+        ax.barh(range(len(layers)), [x[key] for x in layers], 0.7, color=BLUE)
+        ax.set_xlabel(label)
+
+
+def draw_classes(f, show, page):
+    """Accuracy by time step and the confusion matrix, of a classifier; a map of the features by principal components."""
+    names, T, small = show["names"], f["args"]["n_frames"], min(9, 250 / len(show["names"]))
+    if "accuracy" in f:
+        figure, [[steps, matrix]] = page("accuracy", 9, 4.4, 1, 2, width_ratios=[2, 3])
+        share, low, high = zip(*f["steps"])
+        steps.fill_between(range(1, T + 1), low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+        steps.plot(range(1, T + 1), share, "o-", color=BLUE)
+        steps.set(xlabel="time steps seen", ylabel="test accuracy, %", xticks=range(1, T + 1, 1 + T // 9))
+        steps.legend(frameon=False, loc="lower right")
+        counts = torch.tensor(f["confusion"])
+        percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+        figure.colorbar(matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100), label="% of the class")
+        for i, j in counts.nonzero().tolist():
+            matrix.text(j, i, counts[i, j].item(), size=small, ha="center", va="center", color="white" if percent[i, j] > 50 else "black")
+        matrix.set(xlabel="taken for", ylabel="class", xticks=range(len(names)), yticks=range(len(names)))
+        matrix.set_xticklabels(f["classes"], rotation=90, size=small), matrix.set_yticklabels(f["classes"], size=small)
+    z = show["features"] - show["features"].mean(0)
+    variances, axes = torch.linalg.eigh(z.T @ z)
+    points, percent = z @ axes[:, [-1, -2]], 100 * variances / variances.sum()  # [N, 2]
+    _, [[ax]] = page("map", 7, 5)
+    for c in show["labels"].unique().tolist():
+        x, y = points[show["labels"] == c].T.numpy()
+        ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
+        ax.text(np.median(x), np.median(y), names[c], size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
+    ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
 
 
 def main(argv=None):
@@ -129,13 +344,23 @@ def main(argv=None):
     parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
     parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
     parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.error = lambda message: sys.exit(fail(message))
     args = parser.parse_args(argv)
     try:
         check_device(args.device)
-        for path in args.ckpt:
-            evaluate(path, args, len(args.ckpt) > 1)
+        if args.pictures and len(args.ckpt) > 1:
+            raise data.UserError("--pictures: shows one checkpoint: pass a single --ckpt")
+        if args.pictures and not importlib.util.find_spec("matplotlib"):
+            args.pictures = print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
+        runs, shows = zip(*(figures(path, args) for path in tqdm(args.ckpt, disable=len(args.ckpt) == 1)))
+        if args.pictures:
+            draw(runs[0], shows[0], Path(args.pictures))
+        groups = table(runs) if len(runs) > 1 else tell(runs[0]) or []
+        if args.json:
+            Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
     except (data.UserError, OSError) as e:
         sys.exit(fail(e))
 
