@@ -73,6 +73,7 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
     mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
+    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")

@@ -501,7 +501,7 @@ def test_data_toy_comes_from_its_seed_and_is_not_told_by_counts():
     votes = F.one_hot(labels[100:][distance.topk(20, largest=False).indices]).sum(1)
     by_count = max((votes.argmax(1) == labels[:100]).float().mean().item(),
                    evaluation.knn_accuracy(counts[100:], labels[100:], counts[:100], labels[:100]))
-    assert by_count < 0.43  # from 500 labels, half of what the network reaches from 50
+    assert by_count < 0.7  # from 500 labels; the network reaches more than 0.9 from 20
 
 
 def test_data_batches_hold_every_recording_once():
