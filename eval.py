@@ -7,7 +7,10 @@
 Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
+import pickletools
+import re
 import sys
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +67,53 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
+def read_checkpoint(path):
+    """The dict in a file that torch.save wrote, or an exception. Runs no code of the file's and takes no memory for what it claims.
+
+    Its pickle may name four harmless things and weights_only loads no others; its tensors are views of the file, mapped into
+    memory, so none can be larger than the file; all must be dense and finite.
+    """
+    with zipfile.ZipFile(path) as z:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
+            raise ValueError("torch.save compresses nothing")
+        (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
+        for op, arg, _ in pickletools.genops(z.read(pickled)):
+            if "GLOBAL" in op.name and arg not in ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"):
+                raise ValueError(f"asks for {arg}")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    todo = [content]
+    for _ in range(10**7):  # a list that holds itself, or two of the next that holds two of the next, has no end
+        if not todo:
+            return content
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
+                raise ValueError("a tensor is larger than what it holds, or not finite")
+    raise ValueError("too many parts")
+
+
 def load_checkpoint(path):
-    """A checkpoint of train.py as a dict: kind, args, classes, weights. Runs no code from the file. Raises UserError."""
+    """A checkpoint of train.py as a dict: kind, args, classes, weights, all of which fit one another. Raises UserError."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["kind"] not in ("pretrained", "finetuned"):
-            raise KeyError
-    except OSError as e:
+        open(path, "rb").close()
+        ckpt = read_checkpoint(path)
+        args, classes = ckpt["args"], ckpt["classes"]
+        if int(re.search(r"\d+", args["arch"])[0]) > len(ckpt["weights"]):  # a depth
+            raise ValueError("fewer weights than layers")
+        with torch.device("meta"):  # shapes only
+            net = models.build(args["arch"], args["image_size"])
+            net = net if ckpt["kind"] == "pretrained" else models.Classifier(net, len(classes))
+        expected = {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}
+        sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
+        if not (ckpt["kind"] in ("pretrained", "finetuned") and {k: (v.shape, v.dtype) for k, v in ckpt["weights"].items()} == expected
+                and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
+                and classes and all(type(name) is str for name in [*classes, args["dataset"], args["root"]])):
+            raise ValueError("parts that do not fit")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
         raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
     except Exception:
         raise data.UserError(f"{path}: is no checkpoint of train.py, or is damaged: pass a pretrained.pt or finetuned.pt")

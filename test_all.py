@@ -559,7 +559,7 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
         for frames, label, (c, i) in zip(split.frames, split.labels, keys):
             assert np.array_equal(frames, slow_frames(made[c, i], 3, (12, 9), 12)) and label == "ab".index(c)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}
-    assert sorted(p.suffix for p in stamps) == [".npy", ".tsv"]
+    assert sorted(p.suffix or p.name for p in stamps) == [".npy", ".tsv", "lock"]
     data.load(tmp_path / "own", tmp_path / "root", 3)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # read again, not made again
     WRITERS[suffix](tmp_path / "own" / ("Train" if parts else "") / "a" / f"r0{suffix}", recording(77))
@@ -575,7 +575,7 @@ def test_data_broken_recordings_are_named(tmp_path):
         with pytest.raises(data.UserError, match=why) as e:
             data.load(tmp_path / "own", tmp_path / "root")
         assert str(bad) in str(e.value) and "\n" not in str(e.value)
-        assert not list((tmp_path / "root").glob("frames/*"))  # nothing half-made is left
+        assert not list((tmp_path / "root").glob("frames/*.*"))  # nothing half-made is left
         bad.unlink()
     np.save(tmp_path / "own" / "a" / "4.npy", np.zeros((5, 4)))
     with pytest.raises(data.UserError, match="fields x, y, t, p"):
@@ -866,9 +866,10 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for expected in ("shapes", "shapes-2"):
         args = train.parse(["--dataset", str(shapes)])
-        assert train.run_folder(args).name.replace(shapes.name, "shapes") == expected
-        train.run_folder(args).mkdir(parents=True)
-    assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"])).name == shapes.name + "-2"
+        out = train.run_folder(args)[0]
+        assert out.name.replace(shapes.name, "shapes") == expected
+        (out / "log.csv").touch()
+    assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"]))[0].name == shapes.name + "-2"
 
 
 def command(*argv, threads=None):
