@@ -235,10 +235,10 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
     def header(f, n):  # of one length for every n: NumPy leaves room for it to grow
         np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, n_frames, 2, size, size)))
 
-    with whole(path) as f:
+    make, left = functools.partial(make_frames, read, n_frames, sensor, size), [key for key in keys if key not in broken]
+    with whole(path) as f, contextlib.closing(parallel(make, left, f"frames {n_frames} x {size} x {size}", broken)) as made:
         header(f, len(keys))
-        make = functools.partial(make_frames, read, n_frames, sensor, size)
-        for _, frames in parallel(make, [key for key in keys if key not in broken], f"frames {n_frames} x {size} x {size}", broken):
+        for _, frames in made:
             f.write(frames)
         if broken:
             if not skip_broken or len(broken) == len(keys):

@@ -150,8 +150,8 @@ def load_state(out):
         return None
     try:
         state = read_checkpoint(out / "state.pt")
-        if not ({"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state) and state["epoch"] > 0
-                and all(list(row) == ROW for row in state["log"])):
+        if not ({"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state) and type(state["args"]) is dict
+                and state["epoch"] > 0 and all(list(row) == ROW for row in state["log"])):
             raise KeyError
         return state
     except Exception:
@@ -238,38 +238,37 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
                 raise ValueError
         except Exception:
             raise data.UserError(f"--resume: {run.out / 'state.pt'} is not of this network: take another --out")
-    bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0)
-    for epoch in range(start, epochs):
-        seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
-        order = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed + 1000 * rank)
-        began, seen = time.time(), torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
-        model.train()
-        batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
-        for i, ((x, y), size) in enumerate(zip(batches, sizes)):
-            with autocast(args.device):
-                loss, accuracy = step(x, y)
-            share = len(y) / size  # 1 for a single process; gradients are averaged over processes, hence world below
-            optimizer.zero_grad(set_to_none=True)
-            (loss * (share * world)).backward()
-            optimizer.step()
-            schedule.step()
-            seen[i] = share * torch.stack([loss.detach(), accuracy])
-            bar.update()
-        if world > 1:
-            dist.all_reduce(seen)
-        seen = seen.cpu()  # the only wait for the device in an epoch
-        check_finite(run, phase, epoch, seen[:, 0], model, optimizer, schedule)
-        loss, accuracy = seen.mean(0).tolist()
-        knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
-        row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
-                   knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
-        bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
-        run.log.append(row)
-        run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
-                                  optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
-        run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
-    bar.close()
+    with tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0) as bar:
+        for epoch in range(start, epochs):
+            seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
+            order = torch.Generator().manual_seed(seed)
+            torch.manual_seed(seed + 1000 * rank)
+            began, seen = time.time(), torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
+            model.train()
+            batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
+            for i, ((x, y), size) in enumerate(zip(batches, sizes)):
+                with autocast(args.device):
+                    loss, accuracy = step(x, y)
+                share = len(y) / size  # 1 for a single process; gradients are averaged over processes, hence world below
+                optimizer.zero_grad(set_to_none=True)
+                (loss * (share * world)).backward()
+                optimizer.step()
+                schedule.step()
+                seen[i] = share * torch.stack([loss.detach(), accuracy])
+                bar.update()
+            if world > 1:
+                dist.all_reduce(seen)
+            seen = seen.cpu()  # the only wait for the device in an epoch
+            check_finite(run, phase, epoch, seen[:, 0], model, optimizer, schedule)
+            loss, accuracy = seen.mean(0).tolist()
+            knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
+            row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
+                       knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
+            bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
+            run.log.append(row)
+            run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
+                                      optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
+            run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
 
 
 def check_finite(run, phase, epoch, losses, model, optimizer, schedule):
