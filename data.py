@@ -230,7 +230,7 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
     size = size or min(128, max(8, *sensor))
     need, free = len(keys) * n_frames * 2 * size * size, shutil.disk_usage(path.parent).free
     if need > free:
-        raise UserError(f"{path.parent}: the frames need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose another --root")
+        raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: choose another --root")
 
     def header(f, n):  # of one length for every n: NumPy leaves room for it to grow
         np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, n_frames, 2, size, size)))
@@ -320,16 +320,15 @@ def parallel(f, keys, title, broken):
         pool.shutdown(cancel_futures=True)
 
 
-def workers(n=None):
-    return ProcessPoolExecutor(n, initializer=start_worker)
-
-
 def start_worker():
     """A worker leaves Ctrl-C to its parent, dies with it, and keeps what a decoder says as it crashes off the screen."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: else workers of a killed run wait for ever
+
+
+workers = functools.partial(ProcessPoolExecutor, initializer=start_worker)
 
 
 def attempt(f, keys):
