@@ -144,8 +144,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most).
     Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
     made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in numerical
-    order of file names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out recordings
-    that check_events or their reader refuses, each still counted in its split of the names. Raises UserError.
+    order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out recordings that
+    their reader or check_events refuses, and the others where they are. Raises UserError.
     """
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
