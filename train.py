@@ -174,6 +174,8 @@ class Run:
         self.args, self.warned, (self.out, self.state) = args, set(), found
         self.log = self.state["log"] if self.state else []
         self.compare()
+        if self.state:
+            self.write_log()  # it may lack the last row: see fit
 
     def compare(self):
         """Stop if the run to go on with was made with other flags; the size of images and recordings is known after loading only."""
