@@ -16,7 +16,11 @@ import functools
 import importlib.util
 import json
 import math
+import os
+import pickletools
+import re
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -87,13 +91,54 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
+def read_checkpoint(path):
+    """The dict in a file that torch.save wrote, or an exception. Runs no code of the file's and takes no memory for what it claims.
+
+    Its pickle may name four harmless things and weights_only loads no others; its tensors are views of the file, mapped into
+    memory, so none can be larger than the file; all must be dense and finite.
+    """
+    with zipfile.ZipFile(path) as z:
+        entries = z.infolist()
+        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > os.path.getsize(path) or z.testzip():
+            raise ValueError("compressed, which torch.save does not do, or damaged")
+        (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
+        for op, arg, _ in pickletools.genops(z.read(pickled)):
+            if "GLOBAL" in op.name and arg not in ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"):
+                raise ValueError(f"asks for {arg}")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    todo = [content]
+    for _ in range(10**6):  # a list that holds itself, or two of the next that holds two of the next, has no end
+        if not todo and type(content) is dict:
+            return content
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
+                raise ValueError("a tensor is larger than what it holds, or not finite")
+    raise ValueError("too many parts")
+
+
 def load_checkpoint(path):
-    """A checkpoint of train.py as a dict: kind, args, classes, weights. Runs no code from the file. Raises UserError."""
+    """A checkpoint of train.py as a dict: kind, args, classes, weights, all of which fit one another. Raises UserError."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["kind"] not in ("pretrained", "finetuned"):
-            raise KeyError
-    except OSError as e:
+        open(path, "rb").close()
+        ckpt = read_checkpoint(path)
+        kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
+        sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
+        numbers = [args[k] for k in ("seed", "alpha", "beta", "queue_size", "skip_broken")] + list(args["views"].values())
+        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in [*classes, args["dataset"], args["root"]])
+                 and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
+                 and all(type(n) in (int, float, bool) for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
+                 and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
+        with torch.device("meta"):  # shapes only
+            net = sound and models.build(args["arch"], args["image_size"])
+            net = models.Classifier(net, len(classes)) if kind == "finetuned" else net
+        if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}:
+            raise ValueError
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
         raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
     except Exception:
         raise data.UserError(f"{path}: is no checkpoint of train.py, or is damaged: pass a pretrained.pt or finetuned.pt")
@@ -188,7 +233,7 @@ def figures(path, args):
     ckpt = load_checkpoint(path)
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     train, test = (split._replace(labels=torch.as_tensor(split.labels))
-                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"]))
+                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"]))
     net, n = restore(ckpt, args.device), len(test.labels)
     encoder = getattr(net, "encoder", net)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
@@ -351,7 +396,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(fail(message))
     args = parser.parse_args(argv)
     try:
-        check_device(args.device)
+        data.check_device(args.device)
         if args.pictures and len(args.ckpt) > 1:
             raise data.UserError("--pictures: shows one checkpoint: pass a single --ckpt")
         if args.pictures and not importlib.util.find_spec("matplotlib"):
@@ -364,15 +409,6 @@ def main(argv=None):
             Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
     except (data.UserError, OSError) as e:
         sys.exit(fail(e))
-
-
-def check_device(device):
-    try:
-        known = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError:
-        known = False
-    if not known:
-        raise data.UserError(f"--device {device}: PyTorch has no such device here: try --device cpu")
 
 
 def fail(message):

@@ -13,12 +13,15 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -598,7 +601,7 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
         for frames, label, (c, i) in zip(split.frames, split.labels, keys):
             assert np.array_equal(frames, slow_frames(made[c, i], 3, (12, 9), 12)) and label == "ab".index(c)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}
-    assert sorted(p.suffix for p in stamps) == [".npy", ".tsv"]
+    assert sorted(p.suffix or p.name for p in stamps) == [".npy", ".tsv", "lock"]
     data.load(tmp_path / "own", tmp_path / "root", 3)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # read again, not made again
     WRITERS[suffix](tmp_path / "own" / ("Train" if parts else "") / "a" / f"r0{suffix}", recording(77))
@@ -614,7 +617,7 @@ def test_data_broken_recordings_are_named(tmp_path):
         with pytest.raises(data.UserError, match=why) as e:
             data.load(tmp_path / "own", tmp_path / "root")
         assert str(bad) in str(e.value) and "\n" not in str(e.value)
-        assert not list((tmp_path / "root").glob("frames/*"))  # nothing half-made is left
+        assert not list((tmp_path / "root").glob("frames/*.*"))  # nothing half-made is left
         bad.unlink()
     np.save(tmp_path / "own" / "a" / "4.npy", np.zeros((5, 4)))
     with pytest.raises(data.UserError, match="fields x, y, t, p"):
@@ -1074,7 +1077,7 @@ def test_train_is_reproducible_bit_for_bit(shapes, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
+@pytest.mark.parametrize("stop_at", [1, 2, 4])
 def test_train_resumes_where_it_was_interrupted(shapes, tmp_path, monkeypatch, capsys, stop_at):
     run_tiny(shapes, tmp_path / "whole")
     save, saves = train.Run.save, []
@@ -1142,9 +1145,10 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for expected in ("shapes", "shapes-2"):
         args = train.parse(["--dataset", str(shapes)])
-        assert train.run_folder(args).name.replace(shapes.name, "shapes") == expected
-        train.run_folder(args).mkdir(parents=True)
-    assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"])).name == shapes.name + "-2"
+        out = train.run_folder(args)[0]
+        assert out.name.replace(shapes.name, "shapes") == expected
+        (out / "log.csv").touch()
+    assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"]))[0].name == shapes.name + "-2"
 
 
 def command(*argv, threads=None):
@@ -1245,3 +1249,383 @@ def test_moco_on_two_processes_is_moco_on_one(tmp_path, n):
     for k in alone:
         assert torch.equal(first[k], second[k])
         torch.testing.assert_close(first[k], alone[k], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- faults, bad input, hostile files
+
+FUZZ = int(os.environ.get("FUZZ", 150))  # mutants a reader, and a fifth of it for checkpoints; FUZZ=10000 for all of them
+
+
+def answer(capsys, *argv, main=train.main):
+    """The one line that a mistake is answered with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--momentum -0.1", "--momentum"), ("--temperature 0", "--temperature"),
+    ("--weight-decay nan", "--weight-decay"), ("--alpha -1", "--alpha"), ("--alpha 0 --beta 0", "--beta 0"), ("--n-frames 0", "--n-frames"),
+    ("--epochs -1", "--epochs"), ("--queue-size 0", "--queue-size"), ("--image-size 4", "--image-size"), ("--batch-size 0", "--batch-size"),
+    ("--batch-size 61", "60 recordings"), ("--labels-per-class -1", "--labels-per-class"), ("--device meta", "--device meta"),
+    ("--device cuda:99", "--device cuda:99"), ("--dataset nminst", "did you mean nmnist?"), ("--arch spikfromer-2-256", "did you mean spikformer-2-256?"),
+    ("--pretrian-epochs 3", "did you mean --pretrain-epochs?"), ("--out FILE", "cannot be written"), ("--out FILE/below", "cannot be written"),
+    ("--n-frames 1 --batch-size 1", "batch of one frame"), ("--init FOLDER", "cannot be read")])
+def test_train_checks_flags_before_any_work(shapes, tmp_path, capsys, monkeypatch, flags, says):
+    (tmp_path / "file").touch()
+    flags = flags.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
+    monkeypatch.setattr(train, "fit", None)
+    assert says in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "out", *flags.split())
+
+
+def until(ready, process, seconds=120):
+    for _ in range(seconds * 100):
+        if ready() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def test_train_resumes_exactly_after_kill_9(shapes, tmp_path):
+    """Killed at a random moment, of caching, pre-training and fine-tuning alike, until it gets through: the undisturbed weights."""
+    flags = ["--dataset", str(shapes), *TINY, "--epochs", "4", "--image-size", "16"]
+    train.main([*flags, "--root", str(tmp_path / "root"), "--out", str(tmp_path / "whole")])
+    again = [sys.executable, "train.py", *flags, "--root", str(tmp_path / "root2"), "--out", str(tmp_path / "cut"), "--resume"]
+    chance, log = random.Random(0), tmp_path / "cut" / "log.csv"
+    for moment in (lambda: (tmp_path / "root2" / "frames").exists(), lambda: log.exists(), lambda: log.read_text().count("finetune") > 1):
+        process = subprocess.Popen(again, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(moment, process)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill(), process.wait()
+    assert subprocess.run(again, cwd=HERE, capture_output=True).returncode == 0
+    for name in ("pretrained.pt", "finetuned.pt"):
+        a, b = weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not [*tmp_path.rglob("*.part")]
+
+
+def test_train_on_a_full_disk(shapes, tmp_path, capsys):
+    """Too little room for frames, then for a state: one line, nothing half-made, and the same command with --resume ends as if nothing was."""
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ["--dataset", shapes, "--root", tmp_path / "root", *TINY, "--image-size", "16", "--epochs", "3", "--out", tmp_path / "cut", "--resume"]
+
+    def full(size):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+            return answer(capsys, *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ".npy: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.npy")] and not [*tmp_path.rglob("*.tsv")]
+    data.load(shapes, tmp_path / "root", 2, 16)
+    assert "state.pt: cannot be written" in full(50_000) and not (tmp_path / "cut" / "state.pt").exists()
+    assert "finetuned.pt" not in full((tmp_path / "root").stat().st_size + 120_000) and not [*tmp_path.rglob("*.part")]
+    train.main([str(f) for f in flags])
+    train.main([str(f) for f in flags[:-3]] + ["--out", str(tmp_path / "whole")])
+    a, b = weights(tmp_path / "whole" / "finetuned.pt"), weights(tmp_path / "cut" / "finetuned.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_runs_keep_out_of_each_others_way(shapes, tmp_path, capsys):
+    """A folder at work is refused until its run ends, be it by kill -9; makers of frames wait for one another and clear up."""
+    held = subprocess.Popen([sys.executable, "-c", f"import data, pathlib; held = [data.lock(pathlib.Path(p)) for p in "
+                             f"({str(tmp_path / 'a')!r}, {str(tmp_path / 'root' / 'frames')!r})]; print(0, flush=True); input()"],
+                            cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    held.stdout.readline()
+    half = tmp_path / "root" / "frames" / "half.npy.1.part"
+    half.write_bytes(b"half")
+    assert "another run" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY)
+    threading.Timer(1, held.kill).start()
+    run_tiny(shapes, tmp_path / "b")
+    assert "waiting for another run" in capsys.readouterr().out and held.wait() == -9 and not half.exists()
+    run_tiny(shapes, tmp_path / "a")
+    assert "made with" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--resume", "--momentum", "0.5")
+
+
+def test_data_two_starts_on_one_root(shapes, tmp_path):
+    load = f"import data; a, b = data.load({str(shapes)!r}, {str(tmp_path)!r}, 2, 16); print(int(a.frames.sum()), len(b.labels))"
+    both = [subprocess.Popen([sys.executable, "-c", load], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    first, second = (p.communicate()[0].splitlines()[-1] for p in both)
+    train_set, test_set = data.load(shapes, tmp_path, 2, 16)
+    assert first == second == f"{train_set.frames.sum()} {len(test_set.labels)}"
+    assert sorted(p.suffix or p.name for p in (tmp_path / "frames").iterdir()) == [".npy", ".tsv", "lock"]
+
+
+def crash(key):
+    if key == "7":
+        os.kill(os.getpid(), 9)
+    if key == "9":
+        raise SystemExit
+    return 2 * int(key)
+
+
+def test_data_a_reader_that_crashes_is_named():
+    broken, keys = {}, [str(i) for i in range(40)]
+    good = dict(data.parallel(crash, keys, "", broken))
+    assert broken.keys() == {"7", "9"} and "crashed" in broken["7"] and good == {k: 2 * int(k) for k in keys if k not in broken}
+
+
+def fields(**changes):
+    events = {name: recording(50)[name].astype(np.int64) for name in "xytp"}
+    events = {k: v for k, v in (events | changes).items() if v is not None}
+    return np.rec.fromarrays(list(events.values()), names=list(events))
+
+
+BROKEN = {  # what is wrong with an .npy, and what is said about it
+    "fields": (fields(p=None), "fields x, y, t, p"), "plain": (np.zeros((9, 4)), "fields x, y, t, p"), "none": (fields()[:0], "no event"),
+    "far": (fields(x=np.full(50, 65535)), "pixels"), "negative": (fields(y=np.full(50, -1)), "pixels"), "half": (fields(x=np.full(50, 0.5)), "pixels"),
+    "polarity": (fields(p=np.full(50, -1)), "polarity"), "backwards": (fields(t=np.arange(50)[::-1]), "backwards"),
+    "reset": (fields(t=np.r_[:25, :25]), "backwards"), "unsigned": (fields(t=np.arange(50, dtype=np.uint64)[::-1]), "backwards"),
+    "nan": (fields(t=np.full(50, np.nan)), "finite"), "text": (fields(x=np.full(50, "1")), "numbers"),
+    "pickled": (np.array([{}], object), "pickle"), "written": (b"x y t p\n1 2 3 0\n", "pickle"), "empty": (b"", "No data"),
+    "claims": (b"\x93NUMPY\x01\x00v\x00" + b"{'descr': [('x', '<i8'), ('y', '<i8'), ('t', '<i8'), ('p', '<i8')], 'fortran_order': False, "
+               b"'shape': (999999999,)}".ljust(117) + b"\n", "read")}
+
+
+def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
+    own = tmp_path / "own"
+    for c, i in itertools.product("ab", range(12)):
+        write_npy(own / c / f"{i}.npy", recording(60, seed=i))
+    whole = data.load(own, tmp_path / "root", 2)
+    for i, content in enumerate(c for c, _ in BROKEN.values()):
+        (own / "a" / f"broken{i}.npy").write_bytes(content) if isinstance(content, bytes) else np.save(own / "a" / f"broken{i}.npy", content)
+    for i in range(8):
+        (own / "a" / f"zero{i}.bin").touch()
+    with pytest.raises(data.UserError) as e:
+        data.load(own, tmp_path / "root", 2)
+    lines = str(e.value).splitlines()
+    assert "24 of 48" in lines[0] and "--skip-broken" in lines[0] and len(lines) == 22 and lines[-1] == "  and 4 more"
+    for line, (i, (name, (_, why))) in zip(lines[1:], enumerate(BROKEN.items())):
+        assert f"broken{i}.npy" in line and why in line, name
+    for _ in range(2):  # made, then found
+        capsys.readouterr()
+        train_set, test_set = data.load(own, tmp_path / "root", 2, skip_broken=True)
+        assert "24 of 48 recordings are broken" in capsys.readouterr().out
+        rows = [r.split("\t") for r in max((tmp_path / "root" / "frames").glob("*.tsv"), key=os.path.getmtime).read_text().splitlines()[1:]]
+        assert sum(r[0] == "broken" for r in rows) == 24 and all((r[0] == "broken") == (Path(r[2]).stem[0] in "bz") for r in rows)
+        kept = [r for r in rows if r[0] != "broken"]
+        assert len(train_set.labels) + len(test_set.labels) == 24 == len(kept)
+        for frames, row in zip([*train_set.frames, *test_set.frames], kept):
+            assert frames.sum() == 60 and np.array_equal(frames, slow_frames(np.load(row[2]), 2, (12, 9), 12))
+    assert len(whole[0].labels) + len(whole[1].labels) == 24
+    jitter = recording(1000)
+    jitter["t"] += np.random.default_rng(0).integers(0, 50, 1000)
+    assert data.check_events(jitter) is jitter  # a little out of order, as cameras deliver: sorted, not refused
+
+
+def test_data_truncated_aedat4_is_noticed_at_every_length(tmp_path):
+    write_aedat4(tmp_path / "a.aedat4", recording(300))
+    raw = (tmp_path / "a.aedat4").read_bytes()
+    assert np.array_equal(data.read_aedat4(tmp_path / "a.aedat4")["x"], recording(300)["x"])
+    for n in [*range(0, len(raw) - 150, 37), *range(len(raw) - 150, len(raw) - 120)]:
+        (tmp_path / "b.aedat4").write_bytes(raw[:n])
+        with pytest.raises(Exception):
+            data.read_aedat4(tmp_path / "b.aedat4")
+
+
+def test_data_bin_is_read_as_tonic_reads_it(tmp_path):
+    import tonic
+    raw = np.random.default_rng(0).integers(0, 256, (3000, 5)).astype(np.uint8)
+    raw[::50, 1] = 240  # the clock has gone round
+    raw.tofile(tmp_path / "a.bin")
+    ours, theirs = data.read_bin(tmp_path / "a.bin"), tonic.io.read_mnist_file(tmp_path / "a.bin", np.dtype([(f, int) for f in "xytp"]))
+    assert len(ours) < 2941 and all(np.array_equal(ours[f], theirs[f]) for f in "xytp")
+
+
+def test_data_archives_that_point_outside_are_refused(tmp_path, server, monkeypatch):
+    import tonic
+    handler, address = server
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("../../outside.txt", "!")
+    handler.archive = archive.getvalue()
+    monkeypatch.setitem(data.TONIC, "cifar10dvs", (*data.TONIC["cifar10dvs"][:3], dict(url=address + "/good")))
+    for md5, why in (("0" * 32, "corrupted"), (hashlib.md5(handler.archive).hexdigest(), "points outside")):
+        monkeypatch.setattr(tonic.datasets.CIFAR10DVS, "file_md5", md5)
+        with pytest.raises(data.UserError, match=why):
+            data.load("cifar10dvs", tmp_path / "in" / "root", 2, 16)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as t:
+        t.addfile(tarfile.TarInfo("../outside.txt"))
+    with pytest.raises(Exception, match="outside"):
+        tonic.download_utils.extract_archive(str(tmp_path / "a.tar.gz"), str(tmp_path / "in"))
+    assert not [*tmp_path.rglob("outside.txt")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    args = dict(arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", root="data")
+    net = models.Classifier(models.build("spikformer-1-16", 16), 3)
+    return dict(kind="finetuned", args=args, classes=["a", "b", "c"], weights=net.state_dict())
+
+
+class Call:
+    """Pickles as a call, which loading it would make."""
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
+    """One line, no code run, no memory taken, whatever a stranger's file holds."""
+    bn, laughs, itself = "encoder.stem.0.bn.weight", [], []
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    itself.append(itself)
+    weight = checkpoint["weights"][bn]
+    weights = {name: checkpoint["weights"] | {bn: v} for name, v in dict(
+        nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(), sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12)).items()}
+    arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None],
+                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None])
+    contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}, *({k: v for k, v in checkpoint.items() if k != part} for part in checkpoint),
+                *(checkpoint | change for change in [
+                    dict(kind="other"), dict(classes=[]), dict(classes=["a"] * 4), dict(classes=[1, 2, 3]), dict(classes=itself), dict(x=laughs),
+                    dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(x=Call(bytearray, 10**11)), dict(x=Call(torch.Tensor, 10**11)),
+                    *(dict(weights=w) for w in weights.values()), dict(weights=checkpoint["weights"] | {"more": weight}),
+                    *(dict(args=checkpoint["args"] | {k: v}) for k, values in arguments.items() for v in values)])]
+    files = []
+    for i, content in enumerate(contents):
+        files.append(tmp_path / f"{i}.pt")
+        torch.save(content, files[-1])
+    torch.save(checkpoint, tmp_path / "good.pt")
+    assert evaluation.load_checkpoint(tmp_path / "good.pt")["classes"] == ["a", "b", "c"]
+    raw = (tmp_path / "good.pt").read_bytes()
+    spots = [raw.index(b"X\x04\x00\x00\x00kind"), len(raw) // 2]
+    others = dict(empty=b"", text=b"hello", half=raw[: len(raw) // 2], short=raw[:-1], pickle=pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}")),
+                  **{f"byte{i}": raw[:i] + b"?" + raw[i + 1 :] for i in spots})
+    for name, content in others.items():
+        files.append(tmp_path / f"{name}.pt")
+        files[-1].write_bytes(content)
+    files += [tmp_path / name for name in ("legacy.pt", "deflated.pt", "bomb.pt", "no.pt", "")]
+    torch.save(checkpoint, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "good.pt") as z, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name in z.namelist():
+            deflated.writestr(name, z.read(name))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("bomb/data.pkl", bytes(10**8))
+    for file in files:
+        began = time.time()
+        with pytest.raises(data.UserError) as e:
+            evaluation.load_checkpoint(file)
+        assert str(file) in str(e.value) and "\n" not in str(e.value) and time.time() - began < 10
+    assert not (tmp_path / "ran").exists()
+
+
+def test_train_refuses_a_hostile_state(shapes, tmp_path, capsys):
+    run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
+    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
+    for change in [dict(epoch=-1), dict(epoch="1"), dict(log=[{"x": 1}]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
+                   dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(model={k: v * math.nan for k, v in state["model"].items()})]:
+        torch.save(state | dict(epoch=1) | change, tmp_path / "a" / "state.pt")
+        line = answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--resume")
+        assert "state.pt" in line
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("weights_alone", [False, True])
+def test_train_stops_at_a_loss_that_is_not_finite(shapes, tmp_path, capsys, monkeypatch, weights_alone):
+    run_tiny(shapes, tmp_path / "whole", "--pretrain-epochs", "0", "--epochs", "3")
+    cross_entropy, calls = F.cross_entropy, []
+
+    def broken(logits, y):
+        calls.append(1)
+        value = cross_entropy(logits, y)
+        if len(calls) == 4:  # step 2 of epoch 2
+            return value + (logits.sum() * 0).sqrt() if weights_alone else value * math.nan  # the gradient of sqrt(0) is infinite
+        return value
+    flags = ["--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--epochs", "3"]
+    monkeypatch.setattr(train.F, "cross_entropy", broken)
+    line = answer(capsys, *flags)
+    for part in ("step 2 of epoch 2", "learning rate 2.", "--lr 0.001", "state.pt"):
+        assert part in line
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["epoch"] == 1 and not (tmp_path / "a" / "finetuned.pt").exists()
+    train.main([str(f) for f in flags] + ["--resume"])
+    a, b = weights(tmp_path / "whole" / "finetuned.pt"), weights(tmp_path / "a" / "finetuned.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_train_warns_of_dead_spikes_and_of_a_collapse(capsys):
+    encoder = models.build("spikformer-1-16", 16)
+    encoder(torch.poisson(torch.ones(2, 64, 2, 16, 16)))
+    frames = np.random.default_rng(0).poisson(1.0, (12, 2, 2, 16, 16)).astype(np.uint8)
+    frames[::2, :, :, :8] = 0
+    split, run = data.Split(frames, np.zeros(12, int), ["a"]), types.SimpleNamespace(warned=set(), args=types.SimpleNamespace(batch_size=5, device="cpu"))
+    for m in encoder.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = 1.0
+    encoder(torch.from_numpy(frames).float().transpose(0, 1))
+    assert train.look(run, encoder, split, 50).shape == (12, 16) and not capsys.readouterr().out
+    for bias, how in ((-1e3, "never spike"), (1e3, "spike at every time step")):
+        torch.nn.init.constant_(encoder.position.bn.bias, bias)
+        train.look(run, encoder, split, 49)
+        assert not capsys.readouterr().out  # too early to tell
+        for _ in range(2):
+            train.look(run, encoder, split, 50)
+        out = capsys.readouterr().out
+        assert out.count(how) == 1 and "position.lif" in out and "stem.0" not in out
+    torch.nn.init.constant_(encoder.stem[0].bn.bias, 1e3)  # every recording looks alike from here on
+    train.look(run, encoder, split, 50), train.look(run, encoder, split, 50)
+    assert capsys.readouterr().out.count("collapse") == 1
+
+
+def mutant(raw, seed, head):
+    """raw with 1 to 16 changes, half of them in its first `head` bytes or its last: flips, special values, cuts, insertions."""
+    chance, b = random.Random(seed), bytearray(raw)
+    for _ in range(chance.choice([1, 1, 2, 4, 16])):
+        if not b:
+            break
+        i = chance.choice([chance.randrange(len(b)), chance.randrange(min(len(b), head)), len(b) - 1 - chance.randrange(min(len(b), head))])
+        match chance.randrange(6):
+            case 0:
+                b[i] ^= 1 << chance.randrange(8)
+            case 1:
+                b[i] = chance.choice([0, 1, 48, 57, 127, 128, 240, 255])
+            case 2:
+                b[i : i + 4] = chance.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, chance.getrandbits(32)]).to_bytes(4, "little")
+            case 3 if chance.random() < 0.5:
+                del b[i:]
+            case 4:
+                del b[i : i + chance.randrange(1, 20)]
+            case 5:
+                b[i:i] = chance.randbytes(chance.randrange(1, 20))
+    return bytes(b)
+
+
+def read_mutant(raw, suffix, folder, seed):
+    """Its number of events, in a worker of data.parallel; MemoryError past 300 MB more than before."""
+    import resource
+    path, before = f"{folder}/{os.getpid()}{suffix}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path(path).write_bytes(mutant(raw, seed, 1000 if suffix == ".aedat4" else 150))
+    frames = data.make_frames(data.read_file, 4, (128, 128), 32, path)
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 300_000:
+        raise MemoryError
+    return frames.shape
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_fuzz_recordings(tmp_path, suffix):
+    """Each mutant gives frames or a reason; FUZZ times, no crash is left without its name, no hang, no gigabytes."""
+    WRITERS[suffix](tmp_path / f"a{suffix}", recording(300, 100, 100))
+    raw, broken, began = (tmp_path / f"a{suffix}").read_bytes(), {}, time.time()
+    good = list(data.parallel(functools.partial(read_mutant, raw, suffix, tmp_path), list(range(FUZZ)), f"fuzz {suffix}", broken))
+    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(s == (4, 2, 32, 32) for _, s in good)
+    assert not [why for why in broken.values() if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
+    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken.values())} of them by a crash of their process")
+
+
+def test_fuzz_checkpoints(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    raw, good, refused, began = (tmp_path / "a.pt").read_bytes(), 0, 0, time.time()
+    for seed in range(FUZZ // 5):
+        (tmp_path / "b.pt").write_bytes(mutant(raw, seed, 7000))
+        try:
+            evaluation.restore(evaluation.load_checkpoint(tmp_path / "b.pt"), "cpu")
+            good += 1
+        except data.UserError:
+            refused += 1
+    assert good + refused == FUZZ // 5 and refused > good and time.time() - began < 30 + FUZZ / 20
+    print(f"{good} loaded, {refused} refused")

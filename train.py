@@ -10,8 +10,8 @@ an epoch) and state.pt (all that --resume needs). Test recordings are not looked
 Guarded by `python -m pytest test_all.py -k train`.
 """
 import argparse
-import csv
 import ctypes
+import io
 import math
 import os
 import sys
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import models
 import neuron
-from eval import accuracy_line, autocast, check_device, fail, knn_accuracy, load_checkpoint, over_split
+from eval import accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split, read_checkpoint
 from moco import MoCo
 
 
@@ -36,9 +36,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.error = lambda message: sys.exit(fail(message))
 
-    def number(kind, low, high=math.inf):
+    def number(kind, low, high):
         def check(text):
-            if not low <= kind(text) <= high:
+            if not low <= kind(text) <= high:  # nor is NaN
                 raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
             return kind(text)
         check.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -47,26 +47,27 @@ def parse(argv):
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
     group("--root", default="data", help="folder of downloads and cached frames")
-    group("--n-frames", type=number(int, 1), help="time steps T that a recording is cut into")
-    group("--image-size", type=number(int, 8), help="width and height of a frame in pixels; None: the sensor's, 128 at most")
-    group("--labels-per-class", type=number(int, 0), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
+    group("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
+    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels, which the backbones halve three times or more; None: the sensor's, 128 at most")
+    group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
+    group("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     group = parser.add_argument_group("model").add_argument
     group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
     group = parser.add_argument_group("pre-training").add_argument
-    group("--pretrain-epochs", type=number(int, 0), help="0: none, fine-tune from scratch")
-    group("--queue-size", type=number(int, 1), help="negatives K, well below the number of training recordings")
+    group("--pretrain-epochs", type=number(int, 0, 10**5), help="0: none, fine-tune from scratch")
+    group("--queue-size", type=number(int, 1, 10**7), help="negatives K, well below the number of training recordings")
     group("--momentum", type=number(float, 0, 1), help="of the key encoder: 0 copies the query encoder, 1 stands still")
-    group("--temperature", type=number(float, 1e-6), help="of InfoNCE")
-    group("--alpha", type=number(float, 0), help="weight of MBC, InfoNCE of the average over time")
-    group("--beta", type=number(float, 0), help="weight of MAC, average over time of InfoNCE")
-    group("--pretrain-lr", type=number(float, 0), help="peak learning rate of pre-training")
+    group("--temperature", type=number(float, 1e-3, 1e3), help="of InfoNCE")
+    group("--alpha", type=number(float, 0, 1e3), help="weight of MBC, InfoNCE of the average over time")
+    group("--beta", type=number(float, 0, 1e3), help="weight of MAC, average over time of InfoNCE")
+    group("--pretrain-lr", type=number(float, 1e-9, 1e3), help="peak learning rate of pre-training")
     group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint")
     group = parser.add_argument_group("fine-tuning").add_argument
-    group("--epochs", type=number(int, 1), help="passes over the labelled recordings")
-    group("--lr", type=number(float, 0), help="peak learning rate of fine-tuning")
+    group("--epochs", type=number(int, 1, 10**5), help="passes over the labelled recordings")
+    group("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
     group = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
-    group("--weight-decay", type=number(float, 0), help="of weights, not of biases and batch norm")
-    group("--batch-size", type=number(int, 1), help="recordings a step")
+    group("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
+    group("--batch-size", type=number(int, 1, 10**6), help="recordings a step")
     group = parser.add_argument_group("run").add_argument
     group("--out", help="the run's folder; None: runs/<dataset>, with a number if that exists")
     group("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
@@ -79,12 +80,17 @@ def parse(argv):
     early.add_argument("--dataset", default="toy")
     row = data.recipe(early.parse_known_args(argv)[0].dataset)
     parser.set_defaults(**row)
-    args = parser.parse_args(argv)
-    check_device(args.device)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{data.nearest(unknown[0], parser._option_string_actions)}")
+    if args.alpha == args.beta == 0:
+        parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
+    data.check_device(args.device)
     try:
-        models.build(args.arch, 128)
+        with torch.device("meta"):  # takes no memory
+            models.build(args.arch, 128)
     except ValueError as e:
-        raise data.UserError(f"--arch: {e}")
+        raise data.UserError(f"--arch: {e}{data.nearest(args.arch, ['sew-resnet-18', 'spikformer-2-256'])}")
     return args
 
 
@@ -118,18 +124,24 @@ def processes():
 
 
 def run_folder(args):
-    """--out, or runs/<dataset> with a number: the next free one, to resume the last one. Nothing is ever written over."""
-    if args.out:
-        out = Path(args.out)
-        if not args.resume and (out / "log.csv").exists():
-            raise data.UserError(f"--out {out}: holds a run already: add --resume to go on with it, or choose another folder")
-        return out
-    name, n = Path("runs") / Path(args.dataset).resolve().name, 1
-    folders = [name]
-    while folders[-1].exists():
-        n += 1
-        folders.append(name.with_name(f"{name.name}-{n}"))
-    return folders[-2] if args.resume and n > 1 else folders[-1]
+    """--out, or runs/<dataset> with the first number that is free, the last run to resume -> (folder, its lock).
+
+    Nothing is ever written over, and no two runs write to one folder.
+    """
+    folders = [Path(args.out).expanduser() if args.out else Path("runs") / Path(args.dataset).resolve().name]
+    while not args.out and folders[-1].exists():
+        folders.append(folders[0].with_name(f"{folders[0].name}-{len(folders) + 1}"))
+    runs = [f for f in folders if (f / "log.csv").exists() or (f / "state.pt").exists()]
+    if args.out and runs and not args.resume:
+        raise data.UserError(f"--out {args.out}: holds a run already: add --resume to go on with it, or choose another folder")
+    for out in runs[-1:] or folders[:1] if args.resume else [f for f in folders if f not in runs]:
+        try:
+            return out, data.lock(out)
+        except BlockingIOError:
+            continue
+        except OSError as e:
+            raise data.UserError(f"--out {out}: cannot be written ({e.strerror}): choose another folder")
+    raise data.UserError(f"--out {out}: another run is at work there: wait for its end, or choose another folder")
 
 
 def load_state(out):
@@ -137,45 +149,53 @@ def load_state(out):
     if not (out / "log.csv").exists() and not (out / "state.pt").exists():
         return None
     try:
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        if not {"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state):
+        state = read_checkpoint(out / "state.pt")
+        if not ({"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state) and type(state["args"]) is dict
+                and state["epoch"] > 0 and all(list(row) == ROW for row in state["log"])):
             raise KeyError
         return state
     except Exception:
         raise data.UserError(f"--resume: {out / 'state.pt'} is missing or damaged: take another --out, or --init {out / 'pretrained.pt'}")
 
 
+ROW = ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"]
+
+
 class Run:
-    """The files of one run. Each is written beside its name first, then moved: a stop leaves the old one or the new one."""
+    """The files of one run, locked against other runs; what --resume goes on from."""
 
     def __init__(self, args):
         found = [None, None]
         if processes()[0] == 0:
-            out = run_folder(args)
+            out, self.lock = run_folder(args)
             found = [out, load_state(out) if args.resume else None]
         if dist.is_initialized():  # process 0 alone looks: the others may not see its disk
             dist.broadcast_object_list(found)
-        self.args, self.log, (self.out, self.state) = args, [], found
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.args, self.warned, (self.out, self.state) = args, set(), found
+        self.log = self.state["log"] if self.state else []
+        self.compare()
         if self.state:
-            self.log, was = self.state["log"], self.state["args"]
-            free = ("out", "resume", "device", "root", "no_compile")
-            wrong = [f"--{k.replace('_', '-')} {was.get(k)}" for k, v in vars(args).items() if k not in free and was.get(k) != v]
-            if wrong:
-                raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
+            self.write_log()  # it may lack the last row: see fit
+
+    def compare(self):
+        """Stop if the run to go on with was made with other flags; the size of images and recordings is known after loading only."""
+        was, free = self.state["args"] if self.state else {}, ("out", "resume", "device", "root", "no_compile")
+        wrong = [f"--{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
+                 if k in was and k not in free and was[k] != v and (k, v) != ("image_size", None)]
+        if wrong:
+            raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
 
     def save(self, name, content):
         if processes()[0] == 0:
-            torch.save(content | {"args": vars(self.args)}, self.out / f"{name}.part")
-            os.replace(self.out / f"{name}.part", self.out / name)
+            held = io.BytesIO()  # for torch.save answers a full disk with a RuntimeError
+            torch.save(content | {"args": vars(self.args)}, held)
+            with data.whole(self.out / name) as f:
+                f.write(held.getbuffer())
 
     def write_log(self):
         if processes()[0] == 0:
-            with open(self.out / "log.csv.part", "w", newline="") as f:
-                writer = csv.DictWriter(f, ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"])
-                writer.writeheader()
-                writer.writerows(self.log)
-            os.replace(self.out / "log.csv.part", self.out / "log.csv")
+            with data.whole(self.out / "log.csv") as f:
+                f.write(data.table([ROW, *(row.values() for row in self.log)], ","))
 
 
 def optimizer_of(model, lr, weight_decay, steps):
@@ -197,13 +217,15 @@ def batch_sizes(split, args):
     sizes = [len(batch) for batch in torch.arange(n).tensor_split(math.ceil(n / args.batch_size))]
     if min(sizes) < world:
         raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
+    if min(sizes) // world * args.n_frames < 2:
+        raise data.UserError("a batch of one frame has no statistics for batch norm: raise --batch-size or --n-frames, or label more recordings")
     return sizes
 
 
 def fit(run, phase, model, step, split, epochs, lr, watch):
     """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
-    watch() gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
+    watch(steps done) gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
     """
     args, start, (rank, world) = run.args, 0, processes()
     sizes = batch_sizes(split, args)
@@ -211,40 +233,57 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(run.state[name])
-    bar = tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0)
-    for epoch in range(start, epochs):
-        seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
-        order = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed + 1000 * rank)
-        began, total = time.time(), torch.zeros(2, device=args.device)
-        model.train()
-        batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
-        for (x, y), size in zip(batches, sizes):
-            with autocast(args.device):
-                loss, accuracy = step(x, y)
-            share = len(y) / size  # 1 for a single process; gradients are averaged over processes, hence world below
-            optimizer.zero_grad(set_to_none=True)
-            (loss * (share * world)).backward()
-            optimizer.step()
-            schedule.step()
-            total += share * torch.stack([loss.detach(), accuracy])
-            bar.update()
-        if world > 1:
-            dist.all_reduce(total)
-        loss, accuracy = (total / steps).tolist()  # the only wait for the device in an epoch
-        if not math.isfinite(loss):
-            raise data.UserError(f"the {phase} loss is {loss} in epoch {epoch + 1}: try a lower learning rate or a higher --temperature")
-        knn = watch() if (epoch + 1) % max(1, epochs // 10) == 0 else None
-        row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
-                   knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
-        bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
-        run.log.append(row)
-        run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
-                                  optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
-        run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
-    bar.close()
+        try:
+            for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+                part.load_state_dict(run.state[name])
+            if any(v.ndim and v.shape != p.shape for p, kept in optimizer.state.items() for v in kept.values()):
+                raise ValueError
+        except Exception:
+            raise data.UserError(f"--resume: {run.out / 'state.pt'} is not of this network: take another --out")
+    with tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0) as bar:
+        for epoch in range(start, epochs):
+            seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
+            order = torch.Generator().manual_seed(seed)
+            torch.manual_seed(seed + 1000 * rank)
+            began, seen = time.time(), torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
+            model.train()
+            batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
+            for i, ((x, y), size) in enumerate(zip(batches, sizes)):
+                with autocast(args.device):
+                    loss, accuracy = step(x, y)
+                share = len(y) / size  # 1 for a single process; gradients are averaged over processes, hence world below
+                optimizer.zero_grad(set_to_none=True)
+                (loss * (share * world)).backward()
+                optimizer.step()
+                schedule.step()
+                seen[i] = share * torch.stack([loss.detach(), accuracy])
+                bar.update()
+            if world > 1:
+                dist.all_reduce(seen)
+            seen = seen.cpu()  # the only wait for the device in an epoch
+            check_finite(run, phase, epoch, seen[:, 0], model, optimizer, schedule)
+            loss, accuracy = seen.mean(0).tolist()
+            knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
+            row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
+                       knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
+            bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
+            run.log.append(row)
+            run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
+                                      optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
+            run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
+
+
+def check_finite(run, phase, epoch, losses, model, optimizer, schedule):
+    """Stop before an epoch with a loss, or weights at its end, that are not finite takes the place of the last good state."""
+    steps = len(losses)
+    if losses.isfinite().all() and torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
+        return
+    i = next((i for i in range(steps) if not losses[i].isfinite()), steps - 1)
+    lr, flag = schedule.base_lrs[0] * schedule.lr_lambdas[0](epoch * steps + i), "--lr" if phase == "finetune" else "--pretrain-lr"
+    kept = f"{run.out / 'state.pt'} keeps the epoch before" if run.log else "no epoch was whole"
+    raise data.UserError(
+        f"{phase}: the loss or the weights are no longer finite (loss {losses[i]:g}) at step {i + 1} of epoch {epoch + 1}, learning rate {lr:.2e}: "
+        f"start anew with {flag} {schedule.base_lrs[0] / 3:.1g}{'' if phase == 'finetune' else ' or a higher --temperature'}; {kept}")
 
 
 def engine(model, args):
@@ -261,6 +300,34 @@ def engine(model, args):
     return torch.compile(model) if cuda and not args.no_compile else model
 
 
+def thousand(split):
+    """A thousand recordings, or a few more, from all over the split."""
+    every = max(1, len(split.labels) // 1000)
+    return data.Split(split.frames[::every], split.labels[::every], split.classes)
+
+
+def look(run, encoder, split, done):
+    """Features [N, D] of a split after `done` steps. Warns, once a run, of dead neurons and of recordings that all look alike."""
+    rates = {name: [] for name, layer in encoder.named_modules() if isinstance(layer, neuron.LIF)}
+    hooks = [encoder.get_submodule(name).register_forward_hook(lambda _, __, spikes, to=to: to.append(spikes.float().mean()))
+             for name, to in rates.items()]
+    features = over_split(encoder, split, run.args.batch_size, run.args.device)
+    for hook in hooks:
+        hook.remove()
+    warnings = {}
+    for rate, how in ((0, "never spike"), (1, "spike at every time step")):
+        layers = [name for name, rates_seen in rates.items() if (torch.stack(rates_seen) == rate).all()]
+        warnings[how] = layers and f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
+    spread = (features - features.mean(0)).norm() / features.norm()
+    warnings["alike"] = len(features) > 1 and not spread > 0.03 and (  # cosines above 0.999; 0.77 on the toy data
+        "the features of all recordings are alike (a collapse): nothing can be told from them")
+    for kind, what in warnings.items():
+        if what and kind not in run.warned and done >= 50:  # before, batch norm's running statistics are not those of the data
+            print(f"warning: {what}; a lower learning rate or another seed may help")
+            run.warned.add(kind)
+    return features
+
+
 def pretrain(run, train, encoder):
     """NeuroMoCo: two views of every recording, no label. Leaves pretrained.pt."""
     args = run.args
@@ -273,14 +340,13 @@ def pretrain(run, train, encoder):
         loss = forward(data.augment(x, **args.views), data.augment(x, **args.views))
         return loss, moco.accuracy
 
-    every = max(1, len(train.labels) // 1000)
-    probe = data.Split(train.frames[::every], train.labels[::every], train.classes)
+    probe = thousand(train)
 
-    def watch():
+    def watch(done):
+        features = look(run, encoder, probe, done)
         query = torch.arange(len(probe.labels)) % 5 == 0
         if query.all():  # a single recording
             return None
-        features = over_split(encoder, probe, args.batch_size, args.device)
         return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
@@ -295,13 +361,16 @@ def finetune(run, train, encoder):
     args = run.args
     torch.manual_seed(args.seed)
     model = models.Classifier(encoder, len(train.classes)).to(args.device)
-    forward = engine(model, args)
+    forward, probe = engine(model, args), thousand(train)
 
     def step(x, y):
         logits = forward(data.augment(x, **args.finetune)).float().mean(0)  # [B, classes]
         return F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
 
-    fit(run, "finetune", model, step, train, args.epochs, args.lr, watch=lambda: None)
+    def watch(done):
+        look(run, encoder, probe, done)
+
+    fit(run, "finetune", model, step, train, args.epochs, args.lr, watch)
     run.save("finetuned.pt", dict(kind="finetuned", classes=train.classes, weights=model.state_dict()))
     return model
 
@@ -319,18 +388,21 @@ def train_and_test(args):
     init = load_checkpoint(args.init) if args.init else None
     keep_memory()
     join(args)
+    run = Run(args)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()  # the first process of a machine makes the frames, the others find them
-    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size)
+    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size, args.skip_broken)
     if dist.is_initialized() and first:
         dist.barrier()
-    args.image_size = train.frames.shape[-1]
+    args.image_size, args.recordings = train.frames.shape[-1], f"{len(train.labels)}+{len(test.labels)}"
+    run.compare()
+    if args.batch_size > len(train.labels) and args.batch_size != data.recipe(args.dataset)["batch_size"]:
+        raise data.UserError(f"--batch-size {args.batch_size}: there are {len(train.labels)} recordings to train on: pass that or less")
     train = data.on_device(train, args.device)
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
     few = labelled(train, args.labels_per_class, args.seed)
     batch_sizes(train, args), batch_sizes(few, args)  # complain before the hours of pre-training
-    run = Run(args)
     print(", ".join(f"{k} {v}" for k, v in vars(args).items()), f"\n{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
