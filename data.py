@@ -480,7 +480,7 @@ def read_tonic(dataset, path):
 
 # The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
 # Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
-# Frames are cached by seed: change it too when you change the simulation.
+# Raise FORMAT when you change the simulation, for its frames are cached.
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 

@@ -1455,7 +1455,8 @@ def test_data_archives_that_point_outside_are_refused(tmp_path, server, monkeypa
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    args = dict(arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", root="data")
+    args = dict(arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", root="data", seed=0, alpha=0.5, beta=0.5, queue_size=8,
+                skip_broken=False, views=data.STILL["views"])
     net = models.Classifier(models.build("spikformer-1-16", 16), 3)
     return dict(kind="finetuned", args=args, classes=["a", "b", "c"], weights=net.state_dict())
 
