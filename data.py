@@ -127,12 +127,14 @@ def to_frames(events, n_frames, sensor_size, size):
     x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
     if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
         raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels (x {x.min()} to {x.max()}, y {y.min()} to {y.max()})")
-    pixel = y * size // height * size + x * size // width + (events["p"] > 0) * np.int32(size * size)
+    if (width, height) != (size, size):
+        x, y = x * size // width, y * size // height
+    pixel = y * size + x + (np.ascontiguousarray(events["p"]) > 0) * np.int32(size * size)
     frames = np.empty((n_frames, 2 * size * size), np.uint8)
     for i in range(n_frames):
         stop = (i + 1) * (n // n_frames) if i < n_frames - 1 else n
         counts = np.bincount(pixel[i * (n // n_frames) : stop], minlength=2 * size * size)
-        frames[i] = np.minimum(counts, 255)
+        frames[i] = counts if counts.max() < 256 else counts.clip(max=255)  # a fifth faster than to clip all
     return frames.reshape(n_frames, 2, size, size)
 
 
