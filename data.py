@@ -49,7 +49,7 @@ STILL = dict(views=dict(MILD, flip=False, min_scale=1.0), finetune=dict(MILD, fl
 DATASETS = {
     "toy": COMMON | dict(
         n_frames=4, image_size=16, arch="spikformer-1-64", pretrain_epochs=40, queue_size=128, momentum=0.99,
-        temperature=0.4, epochs=100, lr=1e-3, batch_size=32, labels_per_class=2),
+        temperature=0.4, epochs=100, batch_size=32, labels_per_class=2),
     "cifar10dvs": COMMON,
     "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
     "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
@@ -245,7 +245,7 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
         if broken:
             if not skip_broken or len(broken) == len(keys):
                 raise UserError(listed(broken, len(keys)))
-            print(listed(broken, len(keys)))
+            print(listed(broken, len(keys), "left out"))
             f.seek(0)
             header(f, len(keys) - len(broken))
         with whole(path.with_suffix(".tsv")) as tsv:
@@ -253,11 +253,11 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
             tsv.write(table([("split", "class", "recording"), *rows], "\t"))
 
 
-def listed(broken, total):
+def listed(broken, total, advice="fetch them again, remove them, or leave them out with --skip-broken"):
     """A message that names up to 20 broken recordings with the reason why."""
     lines = [f"{key}: cannot be read ({why})" for key, why in list(broken.items())[:20]]
     lines += [f"and {len(broken) - 20} more"] if len(broken) > 20 else []
-    return (f"{len(broken)} of {total} recordings are broken: fetch them again, remove them, or leave them out with --skip-broken:"
+    return (f"{len(broken)} of {total} recordings are broken: {advice}:"
             + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines))
 
 
@@ -412,7 +412,10 @@ def read_aedat4(path):
 
 
 def read_npy(path):
-    return np.load(path, allow_pickle=False)
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as e:  # NumPy's own words advise to unpickle it
+        raise ValueError("no array, or one of pickled objects, which may run code") from e
 
 
 READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": read_npy}
@@ -547,8 +550,8 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, shar
     n, (rank, world) = len(split.labels), share
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
-    for whole in order.tensor_split(math.ceil(n / batch_size)):
-        index = whole[rank::world]
+    for batch in order.tensor_split(math.ceil(n / batch_size)):
+        index = batch[rank::world]
         x, y = frames.index_select(0, index.to(frames.device)), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
         if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
             x, y = x.pin_memory(), y.pin_memory()
@@ -575,7 +578,7 @@ def on_device(split, device):
 
 
 def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
-    """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), after which the paper's is made.
+    """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), which the paper builds on.
 
     x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
     flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to

@@ -233,7 +233,7 @@ def figures(path, args):
     ckpt = load_checkpoint(path)
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     train, test = (split._replace(labels=torch.as_tensor(split.labels))
-                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"]))
+                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken))
     net, n = restore(ckpt, args.device), len(test.labels)
     encoder = getattr(net, "encoder", net)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
@@ -266,7 +266,7 @@ def tell(f):
     if any(f.get("strangers", ())):
         print("no accuracy, the classes do not agree: only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
     if "accuracy" in f:
-        print("accuracy by class" + few * ", and as which class, in the same order, its recordings are taken")
+        print("accuracy by class" + few * ", and the confusion matrix: rows true, columns predicted, in the same order")
         for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
             print(f"  {name:20} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
         for n, a, b in f["worst"]:
@@ -277,6 +277,8 @@ def tell(f):
     for x in f["layers"] + [f | dict(layer="all")]:
         rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
         print(f"{x['layer']:20} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
+    if dead := [x["layer"] for x in f["layers"] if x.get("silent") == 100]:
+        print(f"warning: {', '.join(dead)} never spike: nothing gets through them, and what follows says nothing about the method")
     dense = f["energy_without_spikes"]
     print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
     print(f"{f['parameters']:,} parameters; on {f['device']} {f['per_second']:,.0f} recordings/s, {f['batch']} at once; {f['latency']:.2f} ms for one")
@@ -317,9 +319,10 @@ def draw(f, show, folder):
         values = torch.tensor([[float(x[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")] for x in log if x["phase"] == phase])
         epochs, losses, accuracy, knn = (values * torch.tensor([1, 1, 100, 100])).T.numpy()
         loss.axhline(chance[phase], color="grey", ls="--", label="chance")
-        loss.plot(epochs, losses, color=BLUE)
-        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, None))
-        share.plot(epochs, accuracy, color=BLUE, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
+        style = dict(color=BLUE, marker="." if len(epochs) < 3 else None)
+        loss.plot(epochs, losses, **style)
+        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, 1.08 * max(chance[phase], losses.max())))
+        share.plot(epochs, accuracy, **style, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
         if phase == "pretrain":
             share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
         share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
@@ -386,10 +389,11 @@ def draw_classes(f, show, page):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
     parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
     parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    parser.add_argument("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
@@ -400,15 +404,25 @@ def main(argv=None):
         if args.pictures and len(args.ckpt) > 1:
             raise data.UserError("--pictures: shows one checkpoint: pass a single --ckpt")
         if args.pictures and not importlib.util.find_spec("matplotlib"):
-            args.pictures = print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
+            print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
+            args.pictures = None
+        for path in args.ckpt:  # complain before the work
+            load_checkpoint(path)
+        if args.json and not Path(args.json).absolute().parent.is_dir():
+            raise data.UserError(f"--json {args.json}: there is no such folder: make it, or choose another")
         runs, shows = zip(*(figures(path, args) for path in tqdm(args.ckpt, disable=len(args.ckpt) == 1)))
         if args.pictures:
             draw(runs[0], shows[0], Path(args.pictures))
-        groups = table(runs) if len(runs) > 1 else tell(runs[0]) or []
+        if len(runs) == 1:
+            tell(runs[0])
+        groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
+            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups))
+            Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda nan: None)))  # JSON knows no NaN
     except (data.UserError, OSError) as e:
         sys.exit(fail(e))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fail(message):

@@ -1,8 +1,8 @@
 """MixInfoNCE: the contrastive loss of NeuroMoCo (arXiv 2406.06305), InfoNCE for embeddings that unfold in time.
 
-InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length, at temperature tau (van den Oord 2018; He 2020):
+InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length, (van den Oord 2018; He 2020):
 
-    InfoNCE = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_i exp(q.n_i / tau)) )         chance: log(K + 1)
+    InfoNCE = -log( exp(q.k+ / temperature) / (exp(q.k+ / temperature) + sum_i exp(q.n_i / temperature)) )         chance: log(K + 1)
 
     MBC  mean before criterion: average the embeddings over time, then one InfoNCE
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses

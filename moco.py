@@ -11,6 +11,7 @@ Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only the que
 Guarded by `python -m pytest test_all.py -k moco`.
 """
 import copy
+import math
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ def gather(k):
     world = dist.get_world_size()
     total = torch.tensor(len(k))
     dist.all_reduce(total)  # on the CPU: no wait for a GPU
-    longest = -(-int(total) // world)
+    longest = math.ceil(int(total) / world)
     padded = torch.cat([k, k.new_zeros(longest - len(k), *k.shape[1:])])
     shares = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(shares, padded)

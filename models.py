@@ -37,15 +37,17 @@ class ConvLIF(nn.Module):
         self.lif = LIF()
 
     def forward(self, x):
-        own_memory = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)  # a compiler decides itself what to keep
-        if self.training and type(self.bn) is nn.BatchNorm2d and not own_memory:
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)  # a compiler decides itself what to keep
+        if self.training and type(self.bn) is nn.BatchNorm2d and not plain:
             return LeanConvLIF.apply(x, self.conv.weight, self.bn.weight, self.bn.bias, self)
         current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C, H, W]
         return self.lif(current.unflatten(0, x.shape[:2]))  # [T, B, C, H, W]
 
 
 class LeanConvLIF(torch.autograd.Function):
-    """ConvLIF in training, of which backward finds only the convolution's output c and its input, a byte for a spike.
+    """ConvLIF in training, the same numbers in less memory; on a first reading, skip to the networks below.
+
+    Backward finds only the convolution's output c and its input, a byte for a spike.
 
     PyTorch on its own keeps the output of batch norm, of the pool, where the maxima were, and four bytes for a spike: the peak of a step
     of Spikformer-2-256 (batch 4) is then 1,080 MiB, like this 670, in the same time. All that is cheap to compute again. The pool comes
@@ -93,6 +95,7 @@ class LeanConvLIF(torch.autograd.Function):
         needed = [ctx.needs_input_grad[0], True, False]
         gx, gkernel, _ = aten.convolution_backward(
             g, x.to(g.dtype), kernel, None, conv.stride, conv.padding, [1, 1], False, [0, 0], 1, needed)
+        gkernel = gkernel.flatten().view_as(kernel)  # in the kernel's own memory format, as DistributedDataParallel wants it
         return gx if gx is None else gx.unflatten(0, ctx.steps), gkernel, gweight, gbias, None
 
 
@@ -149,8 +152,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         size = x.shape[3:]
-        tokens = self.qkv(x).flatten(3).mT  # [T, B, L, 3C]
-        q, k, v = tokens.unflatten(3, (3, -1, 16)).permute(3, 0, 1, 4, 2, 5)  # 3 times [T, B, heads, L, 16]
+        tokens = self.qkv(x).flatten(3).mT.unflatten(3, (3, -1, 16))  # [T, B, L, 3, heads, 16]
+        q, k, v = tokens.permute(3, 0, 1, 4, 2, 5)  # 3 times [T, B, heads, L, 16]
         # Without softmax the product may be taken in either order: k^T v is 16 x 16 where q k^T is L x L.
         y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]
         y = self.lif(y.transpose(2, 3).flatten(3))  # [T, B, L, C]
@@ -213,12 +216,12 @@ def build(arch, image_size):
     """The encoder called `arch`, for frames of image_size x image_size pixels; .dim is its number of features.
 
     arch: "sew-resnet-18" | "spikformer-2-256"; other sizes as "sew-resnet-18-<width of stage 1>", "spikformer-<depth>-<dim>"
-    (dim a multiple of 16). Raises ValueError for any other name.
+    (depth at most 100, dim a multiple of 16). Raises ValueError for any other name.
     """
     if m := re.fullmatch(r"sew-resnet-18(?:-([1-9]\d*))?", arch):
         return SEWResNet18(int(m[1] or 64), image_size)
     m = re.fullmatch(r"spikformer-([1-9]\d*)-([1-9]\d*)", arch)
-    if m and int(m[2]) % 16 == 0:
+    if m and int(m[2]) % 16 == 0 and int(m[1]) <= 100:  # the sums of deeper ones could leave the byte of LeanConvLIF
         return Spikformer(int(m[1]), int(m[2]), image_size)
     raise ValueError(f"no backbone is called '{arch}': choose sew-resnet-18, sew-resnet-18-<width>, spikformer-2-256 "
-                     "or spikformer-<depth>-<dim> with dim a multiple of 16")
+                     "or spikformer-<depth>-<dim>, depth at most 100, dim a multiple of 16")

@@ -71,7 +71,7 @@ def membrane_dtype(x):
 class LIF(nn.Module):
     """A layer of LIF neurons without state: currents [T, ...] -> spikes [T, ...], in x's dtype and memory format.
 
-    tau: membrane time constant in time steps (> 1; 1 forgets at once); v_threshold, v_reset: in units of the membrane;
+    tau: membrane time constant in time steps (>= 1; 1: no memory); v_threshold, v_reset: in units of the membrane;
     alpha: steepness of the surrogate gradient. Source: module docstring.
     """
 

@@ -1148,7 +1148,10 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
         out = train.run_folder(args)[0]
         assert out.name.replace(shapes.name, "shapes") == expected
         (out / "log.csv").touch()
-    assert train.run_folder(train.parse(["--dataset", str(shapes), "--resume"]))[0].name == shapes.name + "-2"
+    resume = train.parse(["--dataset", str(shapes), "--resume"])
+    assert train.run_folder(resume)[0].name == shapes.name + "-2"
+    (out.parent / (shapes.name + "-3")).mkdir()  # of a run that stopped in its first epoch: not the finished one before it
+    assert train.run_folder(resume)[0].name == shapes.name + "-3"
 
 
 def command(*argv, threads=None):

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from moco import MoCo
 
 def parse(argv):
     """Flags; their defaults are the row of data.DATASETS that --dataset picks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
 
     def number(kind, low, high):
@@ -48,7 +49,7 @@ def parse(argv):
     group("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
     group("--root", default="data", help="folder of downloads and cached frames")
     group("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
-    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels, which the backbones halve three times or more; None: the sensor's, 128 at most")
+    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels, which the backbones halve three times or more; if not given: the sensor's, 128 at most")
     group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
     group("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     group = parser.add_argument_group("model").add_argument
@@ -69,13 +70,13 @@ def parse(argv):
     group("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
     group("--batch-size", type=number(int, 1, 10**6), help="recordings a step")
     group = parser.add_argument_group("run").add_argument
-    group("--out", help="the run's folder; None: runs/<dataset>, with a number if that exists")
+    group("--out", help="the run's folder; if not given: runs/<dataset>, with a number if that exists")
     group("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
     group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped")
     group("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
 
-    early = argparse.ArgumentParser(add_help=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.error = parser.error
     early.add_argument("--dataset", default="toy")
     row = data.recipe(early.parse_known_args(argv)[0].dataset)
@@ -85,6 +86,8 @@ def parse(argv):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{data.nearest(unknown[0], parser._option_string_actions)}")
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
+    if args.init:
+        args.pretrain_epochs = 0
     data.check_device(args.device)
     try:
         with torch.device("meta"):  # takes no memory
@@ -134,7 +137,11 @@ def run_folder(args):
     runs = [f for f in folders if (f / "log.csv").exists() or (f / "state.pt").exists()]
     if args.out and runs and not args.resume:
         raise data.UserError(f"--out {args.out}: holds a run already: add --resume to go on with it, or choose another folder")
-    for out in runs[-1:] or folders[:1] if args.resume else [f for f in folders if f not in runs]:
+    if args.resume:
+        choice = [f for f in folders if f.exists()][-1:] or folders
+    else:
+        choice = [f for f in folders if f not in runs]
+    for out in choice:
         try:
             return out, data.lock(out)
         except BlockingIOError:
@@ -171,7 +178,8 @@ class Run:
             found = [out, load_state(out) if args.resume else None]
         if dist.is_initialized():  # process 0 alone looks: the others may not see its disk
             dist.broadcast_object_list(found)
-        self.args, self.warned, (self.out, self.state) = args, set(), found
+        self.args, self.warned = args, set()
+        self.out, self.state = found
         self.log = self.state["log"] if self.state else []
         self.compare()
         if self.state:
@@ -245,7 +253,8 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
             order = torch.Generator().manual_seed(seed)
             torch.manual_seed(seed + 1000 * rank)
-            began, seen = time.time(), torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
+            began, rate = time.time(), schedule.get_last_lr()[0]  # at its start
+            seen = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
             model.train()
             batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
             for i, ((x, y), size) in enumerate(zip(batches, sizes)):
@@ -264,7 +273,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             check_finite(run, phase, epoch, seen[:, 0], model, optimizer, schedule)
             loss, accuracy = seen.mean(0).tolist()
             knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
-            row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}",
+            row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{rate:.2e}",
                        knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
             bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
             run.log.append(row)
@@ -296,6 +305,7 @@ def engine(model, args):
     if dist.is_initialized():
         if cuda:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # what it proposes instead still syncs buffers
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return torch.compile(model) if cuda and not args.no_compile else model
 
@@ -314,14 +324,14 @@ def look(run, encoder, split, done):
     features = over_split(encoder, split, run.args.batch_size, run.args.device)
     for hook in hooks:
         hook.remove()
-    warnings = {}
+    found = {}
     for rate, how in ((0, "never spike"), (1, "spike at every time step")):
         layers = [name for name, rates_seen in rates.items() if (torch.stack(rates_seen) == rate).all()]
-        warnings[how] = layers and f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
+        found[how] = layers and f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
     spread = (features - features.mean(0)).norm() / features.norm()
-    warnings["alike"] = len(features) > 1 and not spread > 0.03 and (  # cosines above 0.999; 0.77 on the toy data
+    found["alike"] = len(features) > 1 and not spread > 0.03 and (  # cosines above 0.999; 0.77 on the toy data
         "the features of all recordings are alike (a collapse): nothing can be told from them")
-    for kind, what in warnings.items():
+    for kind, what in found.items():
         if what and kind not in run.warned and done >= 50:  # before, batch norm's running statistics are not those of the data
             print(f"warning: {what}; a lower learning rate or another seed may help")
             run.warned.add(kind)
@@ -407,7 +417,7 @@ def train_and_test(args):
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
     done = run.state is not None and run.state["phase"] == "finetune"
-    if args.pretrain_epochs and not args.init and not done:
+    if args.pretrain_epochs and not done:
         pretrain(run, train, encoder)
     if init:
         load_encoder(encoder, init, args)
@@ -432,7 +442,7 @@ def main(argv=None):
     except (data.UserError, OSError) as e:
         sys.exit(fail(e))
     except KeyboardInterrupt:
-        print("\nstopped: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        print("\nstopped: the same command with --resume goes on after the last whole epoch, if there is one", file=sys.stderr)
         sys.exit(130)
 
 
