@@ -1136,6 +1136,13 @@ def test_train_labels_per_class(shapes, tmp_path):
     assert train.labelled(split, 0, 0) is split and len(train.labelled(split, 1000, 0).labels) == 60
 
 
+def test_train_out_of_memory_is_one_line(shapes, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_tiny(shapes, tmp_path / "a", "--arch", "spikformer-1-4000000")
+    err = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and err[-1].startswith("error: out of memory: lower --batch-size")
+
+
 def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys):
     run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
     before = (tmp_path / "a" / "finetuned.pt").read_bytes()

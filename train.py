@@ -441,6 +441,10 @@ def main(argv=None):
         train_and_test(parse(argv))
     except (data.UserError, OSError) as e:
         sys.exit(fail(e))
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        sys.exit(fail("out of memory: lower --batch-size, --n-frames or --image-size, or take a smaller --arch"))
     except KeyboardInterrupt:
         print("\nstopped: the same command with --resume goes on after the last whole epoch, if there is one", file=sys.stderr)
         sys.exit(130)
