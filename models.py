@@ -50,8 +50,9 @@ class LeanConvLIF(torch.autograd.Function):
     Backward finds only the convolution's output c and its input, a byte for a spike.
 
     PyTorch on its own keeps the output of batch norm, of the pool, where the maxima were, and four bytes for a spike: the peak of a step
-    of Spikformer-2-256 (batch 4) is then 1,080 MiB, like this 670, in the same time. All that is cheap to compute again. The pool comes
-    first, for normalising moves no maximum, and leaves a quarter of the values. With mean m and variance v of a channel's n values, z = (c - m) / sqrt(v + eps) and y = weight z + bias:
+    of Spikformer-2-256 (batch 4) is then 1,080 MiB instead of 670, in about the same time. All that is cheap to compute again. The pool
+    comes first, for normalising moves no maximum, and leaves a quarter of the values. With mean m and variance v of a channel's n
+    values, z = (c - m) / sqrt(v + eps) and y = weight z + bias:
 
         dL/dc = weight / sqrt(v + eps) * (dL/dy - sum(dL/dy) / n - z sum(z dL/dy) / n)     dL/dy = 0 where the pool picked another
     """

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from datetime import timedelta
@@ -395,6 +396,7 @@ def labelled(train, per_class, seed):
 
 
 def train_and_test(args):
+    """A whole run: frames, pre-training (unless --init or --pretrain-epochs 0), fine-tuning, one look at the test recordings."""
     init = load_checkpoint(args.init) if args.init else None
     keep_memory()
     join(args)
@@ -413,7 +415,8 @@ def train_and_test(args):
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
     few = labelled(train, args.labels_per_class, args.seed)
     batch_sizes(train, args), batch_sizes(few, args)  # complain before the hours of pre-training
-    print(", ".join(f"{k} {v}" for k, v in vars(args).items()), f"\n{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
+    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in vars(args).items()), 120, break_long_words=False, break_on_hyphens=False))
+    print(f"{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
     done = run.state is not None and run.state["phase"] == "finetune"
