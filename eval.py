@@ -134,8 +134,7 @@ def load_checkpoint(path):
                  and all(type(n) in (int, float, bool) for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
                  and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
         with torch.device("meta"):  # shapes only
-            net = sound and models.build(args["arch"], args["image_size"])
-            net = models.Classifier(net, len(classes)) if kind == "finetuned" else net
+            net = sound and network(ckpt)
         if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}:
             raise ValueError
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
@@ -145,11 +144,15 @@ def load_checkpoint(path):
     return ckpt
 
 
+def network(ckpt):
+    """What a checkpoint holds the weights of, without them: an encoder if pretrained, a Classifier if finetuned."""
+    encoder = models.build(ckpt["args"]["arch"], ckpt["args"]["image_size"])
+    return models.Classifier(encoder, len(ckpt["classes"])) if ckpt["kind"] == "finetuned" else encoder
+
+
 def restore(ckpt, device):
-    """The network of a checkpoint, in evaluation mode: an encoder if pretrained, a Classifier if finetuned."""
-    net = models.build(ckpt["args"]["arch"], ckpt["args"]["image_size"])
-    if ckpt["kind"] == "finetuned":
-        net = models.Classifier(net, len(ckpt["classes"]))
+    """The network of a checkpoint with its weights, in evaluation mode."""
+    net = network(ckpt)
     net.load_state_dict(ckpt["weights"])
     return net.to(device).eval()
 
@@ -228,9 +231,8 @@ def spike_figures(net, run, n, T):
     return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
 
 
-def figures(path, args):
-    """All numbers about a checkpoint, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
-    ckpt = load_checkpoint(path)
+def figures(path, ckpt, args):
+    """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     train, test = (split._replace(labels=torch.as_tensor(split.labels))
                    for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken))
@@ -406,11 +408,10 @@ def main(argv=None):
         if args.pictures and not importlib.util.find_spec("matplotlib"):
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
             args.pictures = None
-        for path in args.ckpt:  # complain before the work
-            load_checkpoint(path)
+        ckpts = [load_checkpoint(path) for path in args.ckpt]  # all of them, to complain before the work
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise data.UserError(f"--json {args.json}: there is no such folder: make it, or choose another")
-        runs, shows = zip(*(figures(path, args) for path in tqdm(args.ckpt, disable=len(args.ckpt) == 1)))
+        runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1), ckpts)))
         if args.pictures:
             draw(runs[0], shows[0], Path(args.pictures))
         if len(runs) == 1:
