@@ -551,16 +551,21 @@ def toy_events(key, steps=32, threshold=0.25):
     return events[np.argsort(events["t"], kind="stable")]
 
 
+def cut(order, batch_size):
+    """`order` in batches as equal as can be, batch_size at most, so that no tiny last one upsets batch norm."""
+    return order.tensor_split(math.ceil(len(order) / batch_size))
+
+
 def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
     """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, in the order of `generator` if shuffled.
 
-    Batches are as equal as can be, batch_size at most, so that no tiny last one upsets batch norm. share = (rank, world) takes every
-    world-th recording of each batch, for one of several processes; with equal generators they share the same batches.
+    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal generators they
+    share the same batches.
     """
     n, (rank, world) = len(split.labels), share
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
-    for batch in order.tensor_split(math.ceil(n / batch_size)):
+    for batch in cut(order, batch_size):
         index = batch[rank::world]
         x, y = frames.index_select(0, index.to(frames.device)), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
         if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before

@@ -35,6 +35,7 @@ import models
 import neuron
 
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
+PRETRAINING = "pretrain_epochs", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_lr", "views"  # settings of it alone
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
 ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first convolution and the head,
   which take real numbers; batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
@@ -128,8 +129,8 @@ def load_checkpoint(path):
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
         sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
-        numbers = [args[k] for k in ("seed", "alpha", "beta", "queue_size", "skip_broken")] + list(args["views"].values())
-        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in [*classes, args["dataset"], args["root"]])
+        numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
+        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))])
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
                  and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
@@ -291,18 +292,27 @@ def tell(f):
 
 
 def table(runs):
-    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed; returns these groups."""
-    width, groups, by_recipe = max(len(f["path"]) for f in runs), [], defaultdict(dict)
+    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed; returns these groups.
+
+    A group is called by the settings that are not the same in all runs. Of an encoder given by --init those of its pre-training count.
+    """
+    aside, by_recipe, groups = ("seed", "out", "root", "device", "resume", "no_compile", "init"), defaultdict(dict), []
+    recipes = [{k: str(v) for k, v in (f["args"] | dict(kind=f["kind"], dataset=f["dataset"])).items() if k not in aside} for f in runs]
+    for i, (f, recipe) in enumerate(zip(runs, recipes)):
+        by_recipe[tuple(recipe.items())][f["args"]["seed"]] = i
+    for recipe, of_seed in by_recipe.items():
+        differs = [f"{k} {v}" for k, v in recipe if len({r.get(k) for r in recipes}) > 1]
+        groups.append((", ".join([*differs, f"{len(of_seed)} seeds"]), list(of_seed.values())))
+    groups = [group for group in groups if len(group[1]) > 1]
+    width = max(len(title) for title in [f["path"] for f in runs] + [title for title, _ in groups])
     numbers = torch.tensor([[f.get(k, math.nan) for k in UNITS] for f in runs], dtype=torch.float64)  # [runs, columns]
     print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
-    for i, (f, row) in enumerate(zip(runs, numbers.tolist())):
+    for f, row in zip(runs, numbers.tolist()):
         print(f["path"].ljust(width), *(f"{v:15.2f}".replace("nan", "  -") for v in row))
-        recipe = {k: v for k, v in f["args"].items() if k not in ("seed", "out", "root", "device", "resume", "no_compile")}
-        by_recipe[json.dumps([f["kind"], f["dataset"], recipe], sort_keys=True)][f["args"]["seed"]] = i
-    for rows in (list(of_seed.values()) for of_seed in by_recipe.values() if len(of_seed) > 1):
+    for i, (title, rows) in enumerate(groups):
         mean, std = numbers[rows].mean(0).tolist(), numbers[rows].std(0).tolist()
-        print(f"{len(rows)} seeds".ljust(width), *(f"{m:.2f} ± {s:.2f}".replace("nan ± nan", "-").rjust(15) for m, s in zip(mean, std)))
-        groups.append(dict(paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m})
+        print(title.ljust(width), *(f"{m:.2f} ± {s:.2f}".replace("nan ± nan", "-").rjust(15) for m, s in zip(mean, std)))
+        groups[i] = dict(title=title, paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m}
     return groups
 
 

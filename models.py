@@ -19,6 +19,8 @@ from torch import nn
 
 from neuron import LIF, gradient_of, per_neuron, spikes_of
 
+POOL = 3, 2, 1  # kernel, stride and padding of every max-pool: it halves the image
+
 
 class ConvLIF(nn.Module):
     """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes [T, B, C', H', W'].
@@ -33,7 +35,7 @@ class ConvLIF(nn.Module):
         self.bn = nn.BatchNorm2d(c_out)
         # Chosen: with a scale of 1, as usual, only about 2 % of the neurons fire at birth; with 2 it is 15 to 50 %.
         nn.init.constant_(self.bn.weight, 2.0)
-        self.pool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
+        self.pool = nn.MaxPool2d(*POOL) if pool else nn.Identity()
         self.lif = LIF()
 
     def forward(self, x):
@@ -73,7 +75,7 @@ class LeanConvLIF(torch.autograd.Function):
         index = None
         if isinstance(ctx.block.pool, nn.MaxPool2d):
             flip = torch.where(weight < 0, -1, 1)[:, None, None] if (weight < 0).any() else None  # there the least becomes the largest
-            c, index = F.max_pool2d(c if flip is None else c * flip, 3, 2, 1, return_indices=True)
+            c, index = F.max_pool2d(c if flip is None else c * flip, *POOL, return_indices=True)
             c = c if flip is None else c * flip
         y = F.batch_norm(c, mean, var, weight, bias, eps=ctx.block.bn.eps)
         return y.unflatten(0, ctx.steps), c, index
@@ -90,7 +92,7 @@ class LeanConvLIF(torch.autograd.Function):
         gweight = (g * (picked - mean[:, None, None])).sum((0, 2, 3)) * rstd
         g.mul_(scale[:, None, None])
         if index is not None:
-            g = aten.max_pool2d_with_indices_backward(g, c, [3, 3], [2, 2], [1, 1], [1, 1], False, index)  # [T*B, C, H, W]
+            g = aten.max_pool2d_with_indices_backward(g, c, *([n, n] for n in POOL), [1, 1], False, index)  # [T*B, C, H, W]
         slope = -scale * rstd * gweight / n
         g.addcmul_(c, slope[:, None, None]).sub_((scale * gbias / n + slope * mean)[:, None, None])
         needed = [ctx.needs_input_grad[0], True, False]
@@ -124,7 +126,7 @@ class SEWResNet18(nn.Module):
         self.dim = 8 * width
         large = image_size >= 64
         self.stem = ConvLIF(2, width, 7, 2, first=True) if large else ConvLIF(2, width, 3, first=True)
-        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        self.pool = nn.MaxPool2d(*POOL) if large else nn.Identity()
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(*[
             block

@@ -978,12 +978,12 @@ def test_eval_proves_the_encoder_frozen(tiny_runs, monkeypatch, capsys):
 def test_eval_table_of_seeds(tiny_runs, tmp_path, capsys):
     paths = [tiny_runs / name / "finetuned.pt" for name in ("s0", "other", "s1", "s2")] + [tiny_runs / "pre" / "pretrained.pt"]
     lines, _ = evaluate(capsys, *paths, "--json", tmp_path / "f.json")
-    written = json.loads((tmp_path / "f.json").read_text())
-    assert len(lines) == 7 and [line.split()[0] for line in lines[1:6]] == list(map(str, paths)) and lines[-1].startswith("3 seeds")
+    written, title = json.loads((tmp_path / "f.json").read_text()), "pretrain_epochs 0, lr 0.004, kind finetuned, 3 seeds"  # what differs
+    assert len(lines) == 7 and [line.split()[0] for line in lines[1:6]] == list(map(str, paths)) and lines[-1].startswith(f"{title} ")
     assert [line.split()[1] for line in lines[1:6]] == [f"{f['accuracy']:.2f}" if "accuracy" in f else "-" for f in written["runs"]]
     (group,) = written["groups"]
     same = [f for f in written["runs"] if f["path"] in group["paths"]]
-    assert group["paths"] == [str(paths[i]) for i in (0, 2, 3)] and len({f["uniformity"] for f in same}) == 3
+    assert group["title"] == title and group["paths"] == [str(paths[i]) for i in (0, 2, 3)] and len({f["uniformity"] for f in same}) == 3
     for k in evaluation.UNITS:
         mean, std = statistics.mean(f[k] for f in same), statistics.stdev(f[k] for f in same)
         assert group[k] == pytest.approx([mean, std]) and f"{mean:.2f} ± {std:.2f}" in lines[-1]
@@ -1119,7 +1119,9 @@ def test_train_variants(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "a")
     run_tiny(shapes, tmp_path / "scratch", "--pretrain-epochs", "0", "--labels-per-class", "2")
     assert not (tmp_path / "scratch" / "pretrained.pt").exists()
-    run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"))
+    run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"), "--temperature", "3")
+    was, args = (torch.load(tmp_path / name / "finetuned.pt", weights_only=True)["args"] for name in ("a", "init"))
+    assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # says how the encoder was made, not what flags say
     a, b = weights(tmp_path / "a" / "finetuned.pt"), weights(tmp_path / "init" / "finetuned.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)  # fine-tuning starts from the same encoder and seed
     run_tiny(shapes, tmp_path / "mbc", "--alpha", "1", "--beta", "0", "--momentum", "0", "--queue-size", "1")
@@ -1465,8 +1467,8 @@ def test_data_archives_that_point_outside_are_refused(tmp_path, server, monkeypa
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    args = dict(arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", root="data", seed=0, alpha=0.5, beta=0.5, queue_size=8,
-                skip_broken=False, views=data.STILL["views"])
+    args = dict(data.DATASETS["toy"], arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", pretrained_on="toy", root="data",
+                seed=0, skip_broken=False)
     net = models.Classifier(models.build("spikformer-1-16", 16), 3)
     return dict(kind="finetuned", args=args, classes=["a", "b", "c"], weights=net.state_dict())
 
@@ -1490,7 +1492,7 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
     weights = {name: checkpoint["weights"] | {bn: v} for name, v in dict(
         nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(), sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12)).items()}
     arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None],
-                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None])
+                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"])
     contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}, *({k: v for k, v in checkpoint.items() if k != part} for part in checkpoint),
                 *(checkpoint | change for change in [
                     dict(kind="other"), dict(classes=[]), dict(classes=["a"] * 4), dict(classes=[1, 2, 3]), dict(classes=itself), dict(x=laughs),

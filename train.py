@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import models
 import neuron
-from eval import accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split, read_checkpoint
+from eval import PRETRAINING, accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split, read_checkpoint
 from moco import MoCo
 
 
@@ -87,8 +87,7 @@ def parse(argv):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{data.nearest(unknown[0], parser._option_string_actions)}")
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
-    if args.init:
-        args.pretrain_epochs = 0
+    args.pretrained_on = args.dataset
     data.check_device(args.device)
     try:
         with torch.device("meta"):  # takes no memory
@@ -222,8 +221,7 @@ def optimizer_of(model, lr, weight_decay, steps):
 
 def batch_sizes(split, args):
     """Of the batches that data.batches makes of `split`."""
-    n, world = len(split.labels), processes()[1]
-    sizes = [len(batch) for batch in torch.arange(n).tensor_split(math.ceil(n / args.batch_size))]
+    sizes, world = [len(batch) for batch in data.cut(torch.arange(len(split.labels)), args.batch_size)], processes()[1]
     if min(sizes) < world:
         raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
     if min(sizes) // world * args.n_frames < 2:
@@ -398,6 +396,8 @@ def labelled(train, per_class, seed):
 def train_and_test(args):
     """A whole run: frames, pre-training (unless --init or --pretrain-epochs 0), fine-tuning, one look at the test recordings."""
     init = load_checkpoint(args.init) if args.init else None
+    if init:  # what is kept of a run says how its encoder was made
+        vars(args).update({k: init["args"][k] for k in (*PRETRAINING, "pretrained_on")})
     keep_memory()
     join(args)
     run = Run(args)
@@ -420,7 +420,7 @@ def train_and_test(args):
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
     done = run.state is not None and run.state["phase"] == "finetune"
-    if args.pretrain_epochs and not done:
+    if args.pretrain_epochs and not init and not done:
         pretrain(run, train, encoder)
     if init:
         load_encoder(encoder, init, args)
