@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
@@ -234,6 +233,7 @@ def spike_figures(net, run, n, T):
 
 def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
+    from torch.utils.benchmark import Timer  # here, for it warns where CUDA is installed but no GPU: errors have one line
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     train, test = (split._replace(labels=torch.as_tensor(split.labels))
                    for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken))
