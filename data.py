@@ -54,8 +54,8 @@ DATASETS = {
     "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
     "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
     "nmnist": COMMON | STILL | dict(n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
-    # Small enough for a laptop. Chosen on N-MNIST's training recordings, a quarter of them held back: crops, a second operation, temperatures
-    # of 0.2 and 0.4, a queue of 128 with momentum 0.99, a pretrain_lr of 4e-3 and from scratch an lr of 1e-3 were all worse.
+    # Small enough for a laptop. Chosen on N-MNIST's training recordings, a quarter of them held back: with crops, two operations a view, a
+    # temperature of 0.2 or 0.4, a queue of 128 with momentum 0.99, or a pretrain_lr of 4e-3, fine-tuning ended lower.
     "folder": COMMON | STILL | dict(
         n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32),
 }

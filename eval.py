@@ -91,10 +91,13 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
+HARMLESS = "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"  # all that a checkpoint names
+
+
 def read_checkpoint(path):
     """The dict in a file that torch.save wrote, or an exception. Runs no code of the file's and takes no memory for what it claims.
 
-    Its pickle may name four harmless things and weights_only loads no others; its tensors are views of the file, mapped into
+    Its pickle may name nothing but HARMLESS, and weights_only loads no others; its tensors are views of the file, mapped into
     memory, so none can be larger than the file; all must be dense and finite.
     """
     with zipfile.ZipFile(path) as z:
@@ -103,7 +106,7 @@ def read_checkpoint(path):
             raise ValueError("compressed, which torch.save does not do, or damaged")
         (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
         for op, arg, _ in pickletools.genops(z.read(pickled)):
-            if "GLOBAL" in op.name and arg not in ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"):
+            if "GLOBAL" in op.name and arg not in HARMLESS:
                 raise ValueError(f"asks for {arg}")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     todo = [content]
@@ -127,9 +130,10 @@ def load_checkpoint(path):
         open(path, "rb").close()
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
+        texts = [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))]
         sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
         numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
-        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))])
+        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
                  and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
@@ -235,8 +239,8 @@ def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     from torch.utils.benchmark import Timer  # here, for it warns where CUDA is installed but no GPU: errors have one line
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
-    train, test = (split._replace(labels=torch.as_tensor(split.labels))
-                   for split in data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken))
+    splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken)
+    train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
     net, n = restore(ckpt, args.device), len(test.labels)
     encoder = getattr(net, "encoder", net)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
