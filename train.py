@@ -360,7 +360,7 @@ def pretrain(run, train, encoder):
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
     if args.queue_size > len(train.labels) / 2:
-        print(f"warning: a queue of {args.queue_size} holds most of the {len(train.labels)} recordings: their own keys return as negatives; lower --queue-size")
+        print(f"warning: a queue of {args.queue_size} holds most of the {len(train.labels)} recordings: their own keys return as negatives; a smaller --queue-size may do better")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
     run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
