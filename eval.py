@@ -300,23 +300,24 @@ def table(runs):
 
     A group is called by the settings that are not the same in all runs. Of an encoder given by --init those of its pre-training count.
     """
-    aside, by_recipe, groups = ("seed", "out", "root", "device", "resume", "no_compile", "init"), defaultdict(dict), []
+    aside, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), defaultdict(dict)
     recipes = [{k: str(v) for k, v in (f["args"] | dict(kind=f["kind"], dataset=f["dataset"])).items() if k not in aside} for f in runs]
     for i, (f, recipe) in enumerate(zip(runs, recipes)):
         by_recipe[tuple(recipe.items())][f["args"]["seed"]] = i
+    titles = {}  # of a group: its rows
     for recipe, of_seed in by_recipe.items():
-        differs = [f"{k} {v}" for k, v in recipe if len({r.get(k) for r in recipes}) > 1]
-        groups.append((", ".join([*differs, f"{len(of_seed)} seeds"]), list(of_seed.values())))
-    groups = [group for group in groups if len(group[1]) > 1]
-    width = max(len(title) for title in [f["path"] for f in runs] + [title for title, _ in groups])
+        if len(of_seed) > 1:
+            differs = [f"{k} {v}" for k, v in recipe if len({r.get(k) for r in recipes}) > 1]
+            titles[", ".join([*differs, f"{len(of_seed)} seeds"])] = list(of_seed.values())
+    width, groups = max(map(len, [f["path"] for f in runs] + list(titles))), []
     numbers = torch.tensor([[f.get(k, math.nan) for k in UNITS] for f in runs], dtype=torch.float64)  # [runs, columns]
     print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
     for f, row in zip(runs, numbers.tolist()):
         print(f["path"].ljust(width), *(f"{v:15.2f}".replace("nan", "  -") for v in row))
-    for i, (title, rows) in enumerate(groups):
+    for title, rows in titles.items():
         mean, std = numbers[rows].mean(0).tolist(), numbers[rows].std(0).tolist()
         print(title.ljust(width), *(f"{m:.2f} ± {s:.2f}".replace("nan ± nan", "-").rjust(15) for m, s in zip(mean, std)))
-        groups[i] = dict(title=title, paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m}
+        groups.append(dict(title=title, paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m})
     return groups
 
 

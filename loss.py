@@ -1,6 +1,6 @@
 """MixInfoNCE: the contrastive loss of NeuroMoCo (arXiv 2406.06305), InfoNCE for embeddings that unfold in time.
 
-InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length, (van den Oord 2018; He 2020):
+InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018; He 2020):
 
     InfoNCE = -log( exp(q.k+ / temperature) / (exp(q.k+ / temperature) + sum_i exp(q.n_i / temperature)) )         chance: log(K + 1)
 

@@ -221,7 +221,8 @@ def optimizer_of(model, lr, weight_decay, steps):
 
 def batch_sizes(split, args):
     """Of the batches that data.batches makes of `split`."""
-    sizes, world = [len(batch) for batch in data.cut(torch.arange(len(split.labels)), args.batch_size)], processes()[1]
+    sizes = [len(batch) for batch in data.cut(torch.arange(len(split.labels)), args.batch_size)]
+    world = processes()[1]
     if min(sizes) < world:
         raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
     if min(sizes) // world * args.n_frames < 2:
