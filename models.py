@@ -86,15 +86,13 @@ class LeanConvLIF(torch.autograd.Function):
         conv, aten = ctx.block.conv, torch.ops.aten
         current, picked, index = LeanConvLIF.current(ctx, c, weight, bias, mean, var)
         g = per_neuron(gradient_of, ctx.block.lif.constants, current, g).flatten(0, 1)  # dL/dy [T*B, C, H', W']
-        rstd = (var + ctx.block.bn.eps).rsqrt()
-        scale, n = weight * rstd, c.numel() / len(weight)
-        gbias = g.sum((0, 2, 3))
-        gweight = (g * (picked - mean[:, None, None])).sum((0, 2, 3)) * rstd
-        g.mul_(scale[:, None, None])
+        # At fixed statistics: scale * dL/dy, sum(z dL/dy), sum(dL/dy). What moves the statistics is added below, where all of c counts.
+        rstd, n = (var + ctx.block.bn.eps).rsqrt(), c.numel() / len(weight)
+        g, gweight, gbias = aten.native_batch_norm_backward(g, picked, weight, mean, var, None, None, False, ctx.block.bn.eps, [True] * 3)
         if index is not None:
             g = aten.max_pool2d_with_indices_backward(g, c, *([n, n] for n in POOL), [1, 1], False, index)  # [T*B, C, H, W]
-        slope = -scale * rstd * gweight / n
-        g.addcmul_(c, slope[:, None, None]).sub_((scale * gbias / n + slope * mean)[:, None, None])
+        slope = -weight * rstd.square() * gweight / n
+        g.addcmul_(c, slope[:, None, None]).sub_((weight * rstd * gbias / n + slope * mean)[:, None, None])
         needed = [ctx.needs_input_grad[0], True, False]
         gx, gkernel, _ = aten.convolution_backward(
             g, x.to(g.dtype), kernel, None, conv.stride, conv.padding, [1, 1], False, [0, 0], 1, needed)
