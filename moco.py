@@ -70,7 +70,8 @@ class MoCo(nn.Module):
 
     def enqueue(self, k):
         """Write keys k [T, B, dim] over the oldest entries; of a batch larger than the queue the last K stay."""
-        k = gather(k.transpose(0, 1).to(self.queue.dtype))[-len(self.queue) :]  # [B, T, dim]
+        k = k.transpose(0, 1).to(self.queue.dtype)  # [B, T, dim]
+        k = (gather(k) if dist.is_initialized() else k)[-len(self.queue) :]
         slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
         self.queue.index_copy_(0, slots, k)
         self.position.copy_((self.position + len(k)) % len(self.queue))
@@ -82,8 +83,6 @@ def gather(k):
 
     Shares may differ by one row: all are padded to the longest, and the padding ends up behind the last row.
     """
-    if not dist.is_initialized():
-        return k
     world = dist.get_world_size()
     total = torch.tensor(len(k))
     dist.all_reduce(total)  # on the CPU: no wait for a GPU

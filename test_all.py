@@ -4,6 +4,7 @@
 
 Tests against SpikingJelly and of AEDAT4 files are skipped where spikingjelly or dv-processing is not installed.
 """
+import contextlib
 import copy
 import functools
 import hashlib
@@ -271,6 +272,39 @@ def test_moco_accuracy_counts_queries_that_find_their_key():
     net(x, y)
     q, k = (F.normalize(f(v).mean(0).detach(), dim=-1) for f, v in ((net.query, x), (net.key, y)))
     assert net.accuracy.item() == pytest.approx(sum(float(a @ b) > float((queue @ a).max()) for a, b in zip(q, k)) / 8)
+
+
+@pytest.mark.parametrize("arch, size", [("spikformer-1-16", 16), ("sew-resnet-18-4", 64)])
+def test_moco_compiles_as_a_whole_to_the_same_numbers(arch, size):
+    """As on a GPU: one graph from views to loss and queue, whatever the size of the batch. Here without the compiler's last stage."""
+    plain = moco.MoCo(models.build(arch, size), 16, queue_size=8, momentum=0.9)
+    plain.new_queue(2)
+    compiled = copy.deepcopy(plain)
+    forward = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for B in (4, 3):
+        views = torch.poisson(torch.rand(2, 2, B, 2, size, size))
+        losses = [net(*views) for net in (plain, forward)]
+        torch.autograd.backward(losses)
+        assert torch.allclose(*losses) and torch.allclose(plain.queue, compiled.queue) and plain.accuracy == compiled.accuracy
+        assert all(torch.allclose(p.grad, q.grad, atol=1e-5) for p, q in zip(plain.query.parameters(), compiled.query.parameters()))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("arch, size", [("spikformer-2-256", 128), ("sew-resnet-18", 128), ("spikformer-1-64", 16)])
+def test_moco_step_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
+    """On a device that holds no values (meta), a value asked for, by .item() or an if, or a tensor left on the CPU raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)  # the path of a GPU
+    net = moco.MoCo(models.build(arch, size)).to("meta")
+    net.new_queue(4)
+    x = torch.empty(4, 3, 2, size, size, device="meta")
+    optimizer, schedule = train.optimizer_of(net, 1e-3, 0.06, 100)
+    value = net(data.augment(x), data.augment(x))
+    value.backward()
+    optimizer.step(), schedule.step()
+    assert {t.device.type for t in (value, net.queue, net.accuracy)} == {"meta"} and net.queue.shape == (4096, 4, 128)
+    with pytest.raises(RuntimeError, match="meta"):
+        value.item()
 
 
 @pytest.mark.parametrize("wrong", [dict(queue_size=0), dict(momentum=1.5), dict(temperature=0.0)])
