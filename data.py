@@ -21,7 +21,7 @@ import signal
 import sys
 import tarfile
 import zipfile
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -29,11 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not told apart
-    fcntl = None
 
 # The one dial: --dataset picks a row, any flag overrides a value of it. Sources: [S] Spikformer's published schedule for
 # CIFAR10-DVS, [N] NDA (Li et al. 2022), [E] EventRPG issue 1, [A] amazing-cls; all others chosen here. Queues stay well below
@@ -54,11 +49,11 @@ DATASETS = {
     "dvsgesture": COMMON | STILL | dict(queue_size=512),  # mild throughout [E]; left and right are classes: no flip
     "ncaltech101": COMMON | dict(arch="sew-resnet-18"),  # the paper's best backbone there
     "nmnist": COMMON | STILL | dict(n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
-    # Small enough for a laptop. Chosen on N-MNIST's training recordings, a quarter of them held back: with crops, two operations a view, a
-    # temperature of 0.2 or 0.4, a queue of 128 with momentum 0.99, or a pretrain_lr of 4e-3, fine-tuning ended lower.
-    "folder": COMMON | STILL | dict(
-        n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32),
 }
+FOLDER = COMMON | STILL | dict(  # small enough for a laptop
+    n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32)
+# Chosen on N-MNIST's training recordings, a quarter of them held back: with crops, two operations a view, elastic warps, a temperature of
+# 0.2 or 0.4, a queue of 128 with momentum 0.99, 250 epochs, or a pretrain_lr of 4e-3, fine-tuning ended lower.
 
 Split = namedtuple("Split", "frames labels classes")  # uint8 [N, T, 2, size, size], int64 [N], list of names
 FORMAT = 2  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
@@ -66,6 +61,28 @@ FORMAT = 2  # of cached frames: raise it when a reader, to_frames or the toy sim
 
 class UserError(Exception):
     """A mistake the user can mend; its one line says what is wrong, where, and what to do."""
+
+
+def fail(message):
+    """End the program with one line on stderr and the status of a user's mistake."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def answers(out_of_memory, stopped):
+    """Around a main(): one line instead of a traceback for what is not the program's fault; the arguments say what to do then."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        fail(e)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        fail(f"out of memory: {out_of_memory}")
+    except KeyboardInterrupt:
+        print(f"\nstopped{stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -94,13 +111,14 @@ def lock(folder, wait=False):
     folder.mkdir(parents=True, exist_ok=True)
     f = open(folder / "lock", "w")
     try:
+        import fcntl  # Windows has none: two runs at once are not told apart there
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
             raise
         print(f"waiting for another run that is at work in {folder}")
         fcntl.lockf(f, fcntl.LOCK_EX)
-    except (OSError, AttributeError):
+    except (OSError, ImportError):
         return f
     for part in folder.glob("*.part"):
         part.unlink(missing_ok=True)
@@ -159,8 +177,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     else:
         recordings, classes, read, sensor = folder_recordings(Path(name).expanduser())
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
-    files = [os.stat(key) if os.path.exists(key) else None for _, _, key in recordings]
-    stamps = [file and (file.st_size, file.st_mtime_ns) for file in files]
+    files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
+    stamps = [(file.st_size, file.st_mtime_ns) for file in files]
     mark = hashlib.sha256(repr((FORMAT, recordings, stamps, n_frames, size, skip_broken)).encode(errors="surrogateescape")).hexdigest()[:12]
     path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
     if not path.exists():
@@ -168,13 +186,16 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
             if not path.exists():  # another run may have made them
                 cache(path, recordings, read, n_frames, sensor, size, skip_broken)
     try:
-        rows = csv.reader(io.StringIO(path.with_suffix(".tsv").read_bytes().decode(errors="surrogateescape"), newline=""), delimiter="\t")
-        good = [row for row in rows if row[0] in ("train", "test")]
+        text = path.with_suffix(".tsv").read_bytes().decode(errors="surrogateescape")
+        states = [row[0] for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t")][1:]
+        good = [r for r, state in zip(recordings, states, strict=True) if state != "broken"]
         frames = np.load(path, mmap_mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
-    except (OSError, ValueError):
+        if len(frames) != len(good):
+            raise ValueError
+    except (OSError, ValueError, LookupError, csv.Error):
         raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
     if len(good) < len(recordings):
-        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: see {path.with_suffix('.tsv')}")
+        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: {path.with_suffix('.tsv')} says why")
     labels = np.array([classes.index(cls) for _, cls, _ in good])
     n = sum(split == "train" for split, _, _ in good)
     if not 0 < n < len(good):
@@ -184,12 +205,9 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
 
 def recipe(name):
     """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
-    if name in DATASETS and name != "folder":
-        return DATASETS[name]
-    if Path(name).expanduser().is_dir():
-        return DATASETS["folder"]
-    names = [n for n in DATASETS if n != "folder"]
-    raise UserError(f"--dataset {name}: neither a folder that exists nor one of {', '.join(names)}{nearest(name, names)}")
+    if name not in DATASETS and not Path(name).expanduser().is_dir():
+        raise UserError(f"--dataset {name}: neither a folder that exists nor one of {', '.join(DATASETS)}{nearest(str(name), DATASETS)}")
+    return DATASETS.get(name, FOLDER)
 
 
 def nearest(name, known):
@@ -199,20 +217,17 @@ def nearest(name, known):
 
 def natural(name):
     """A sort key that counts: r2 before r10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def split_by_class(recordings):
     """[(class, key)] -> [(split, class, key)]: of n recordings of a class, in natural order, the last n // 10 (at least 1 of 2)
     are for the test. Depends on nothing but the names."""
-    by_class, out = {}, []
-    for cls, key in recordings:
-        by_class.setdefault(cls, []).append(key)
-    for cls, keys in by_class.items():
-        keys.sort(key=natural)
-        n_test = max(len(keys) // 10, int(len(keys) > 1))
-        out += [("test" if i >= len(keys) - n_test else "train", cls, key) for i, key in enumerate(keys)]
-    return out
+    by_class = defaultdict(list)
+    for cls, key in sorted(recordings, key=lambda r: natural(r[1])):
+        by_class[cls].append(key)
+    first = {cls: len(keys) - max(len(keys) // 10, int(len(keys) > 1)) for cls, keys in by_class.items()}  # of the test's
+    return [("test" if i >= first[cls] else "train", cls, key) for cls, keys in by_class.items() for i, key in enumerate(keys)]
 
 
 def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
@@ -246,19 +261,18 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
         if broken:
             if not skip_broken or len(broken) == len(keys):
                 raise UserError(listed(broken, len(keys)))
-            print(listed(broken, len(keys), "left out"))
             f.seek(0)
             header(f, len(keys) - len(broken))
         with whole(path.with_suffix(".tsv")) as tsv:
-            rows = [("broken" if key in broken else split, cls, key) for split, cls, key in recordings]
-            tsv.write(table([("split", "class", "recording"), *rows], "\t"))
+            rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
+            tsv.write(table([("split", "class", "recording", "why broken"), *rows], "\t"))
 
 
-def listed(broken, total, advice="fetch them again, remove them, or leave them out with --skip-broken"):
+def listed(broken, total):
     """A message that names up to 20 broken recordings with the reason why."""
     lines = [f"{key}: cannot be read ({why})" for key, why in list(broken.items())[:20]]
     lines += [f"and {len(broken) - 20} more"] if len(broken) > 20 else []
-    return (f"{len(broken)} of {total} recordings are broken: {advice}:"
+    return (f"{len(broken)} of {total} recordings are broken: fetch them again, remove them, or leave them out with --skip-broken:"
             + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines))
 
 
@@ -299,21 +313,18 @@ def check_events(events):
 def parallel(f, keys, title, broken):
     """Yield (key, f(key)) in order, computed by all cores; of a key for which f fails, the reason goes into the dict `broken`.
 
-    A decoder that takes its process down breaks the pool: then each recording of that chunk gets a process of its own, which
-    tells the culprit from its neighbours. Chunks are handed out as results are taken, so that those do not pile up in memory.
+    A decoder that takes its process down breaks the pool: then each recording of that block gets a process of its own, which
+    tells the culprit from its neighbours. Block by block, so that results do not pile up in memory.
     """
-    chunks, futures, pool = [keys[i : i + 8] for i in range(0, len(keys), 8)], {}, workers()
+    pool, size = workers(), 16 * os.cpu_count()
     try:
         with tqdm(desc=title, total=len(keys), unit=" recordings") as bar:
-            for i, chunk in enumerate(chunks):
+            for block in (keys[i : i + size] for i in range(0, len(keys), size)):
                 try:
-                    for j in range(i, min(len(chunks), i + 2 * os.cpu_count())):
-                        if j not in futures:
-                            futures[j] = pool.submit(attempt, f, chunks[j])
-                    results = futures.pop(i).result()
+                    results = list(pool.map(functools.partial(attempt, f), block, chunksize=4))
                 except BrokenProcessPool:
-                    results, futures, pool = [alone(f, key) for key in chunk], {}, workers()
-                for key, (why, result) in zip(chunk, results):
+                    results, pool = [alone(f, key) for key in block], workers()
+                for key, (why, result) in zip(block, results):
                     bar.update()
                     if why:
                         broken[key] = why
@@ -334,20 +345,18 @@ def start_worker():
 workers = functools.partial(ProcessPoolExecutor, initializer=start_worker)
 
 
-def attempt(f, keys):
-    """[(None, f(key)) or (why it failed, None)]."""
-    def one(key):
-        try:
-            return None, f(key)
-        except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
-            return " ".join(f"{type(e).__name__}: {e}".split())[:300], None
-    return [one(key) for key in keys]
+def attempt(f, key):
+    """(None, f(key)) or (why it failed, None)."""
+    try:
+        return None, f(key)
+    except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
+        return " ".join(f"{type(e).__name__}: {e}".split())[:300], None
 
 
 def alone(f, key):
     with workers(1) as pool:
         try:
-            return pool.submit(attempt, f, [key]).result()[0]
+            return pool.submit(attempt, f, key).result()
         except BrokenProcessPool:
             return "its reader crashed, or ran out of memory", None
 
@@ -412,14 +421,7 @@ def read_aedat4(path):
     return events
 
 
-def read_npy(path):
-    try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as e:  # NumPy's own words advise to unpickle it
-        raise ValueError("no array, or one of pickled objects, which may run code") from e
-
-
-READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": read_npy}
+READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": np.load}
 
 # tonic's class, its sensor, how many recordings there are, addresses to mend. Those of figshare in tonic 1.7.0 answer 202 with
 # nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
@@ -439,8 +441,7 @@ def tonic_recordings(name, root):
     tonic_class = getattr(tonic.datasets, class_name)
     for attribute, address in addresses.items():
         setattr(tonic_class, attribute, address)
-    tonic.download_utils._ARCHIVE_EXTRACTORS[".zip"] = extract_zip
-    tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
+    tonic.download_utils._ARCHIVE_EXTRACTORS |= {".zip": extract, ".tar": extract}
     official = hasattr(tonic_class, "train_url")
     recordings = []
     for split in ("train", "test") if official else (None,):
@@ -466,27 +467,17 @@ def tonic_recordings(name, root):
               f"to extract all of them again, remove the folders (not the archives) in {dataset.location_on_system}")
     dataset.data, dataset.targets = [], []
     recordings = recordings if official else split_by_class([r[1:] for r in recordings])
-    return recordings, classes, functools.partial(read_tonic, dataset), sensor
+    return recordings, classes, read_file if name in ("cifar10dvs", "nmnist") else functools.partial(read_tonic, dataset), sensor
 
 
-def check_inside(names):
-    for name in names:
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise ValueError(f"its entry {name} points outside the folder")
-
-
-def extract_zip(path, folder, _):
-    """In place of tonic's, which lets an entry that points outside the folder land somewhere in it."""
-    with zipfile.ZipFile(path) as z:
-        check_inside(z.namelist())
-        z.extractall(folder)
-
-
-def extract_tar(path, folder, _):
-    """In place of tonic's, which lets entries and links leave the folder before Python 3.14; Python 3.11.2 has no filter to ask for."""
-    with tarfile.open(path) as t:
-        check_inside(name for member in t for name in (member.name, member.linkname))
-        t.extractall(folder)
+def extract(path, folder, _):
+    """In place of tonic's two, which let entries and links leave the folder; Python 3.11.2 has no filter to ask for."""
+    zipped = str(path).endswith(".zip")
+    with zipfile.ZipFile(path) if zipped else tarfile.open(path) as archive:
+        for name in archive.namelist() if zipped else (name for member in archive for name in (member.name, member.linkname)):
+            if name.startswith("/") or ".." in Path(name).parts:
+                raise ValueError(f"its entry {name} points outside the folder")
+        archive.extractall(folder)
 
 
 def read_tonic(dataset, path):
@@ -564,11 +555,12 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, shar
     share the same batches.
     """
     n, (rank, world) = len(split.labels), share
+    frames = torch.as_tensor(split.frames)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-    frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
+    order, labels = order.to(frames.device), torch.as_tensor(split.labels).to(frames.device)  # once: a copy a batch would wait for the GPU
     for batch in cut(order, batch_size):
         index = batch[rank::world]
-        x, y = frames.index_select(0, index.to(frames.device)), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        x, y = frames.index_select(0, index), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
         if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -577,12 +569,8 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, shar
 
 def check_device(device):
     """Raises UserError if PyTorch cannot compute there; wakes no GPU."""
-    try:
-        place = torch.device(device)
-        known = place.type == "cpu" or place.type == "cuda" and (place.index or 0) < torch.cuda.device_count()
-    except RuntimeError:
-        known = False
-    if not known:
+    gpus = [name for i in range(torch.cuda.device_count()) for name in ("cuda", f"cuda:{i}")]
+    if device not in ["cpu", *gpus]:
         raise UserError(f"--device {device}: PyTorch has no such device here: try --device cpu")
 
 
@@ -607,20 +595,18 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
     def draw(*size):  # uniform in [-1, 1)
         return torch.rand(*size, device=x.device) * 2 - 1
 
-    roll, rotate, cut, shear = (torch.rand(B, 4, device=x.device).argsort(1) < operations).float().T  # 4 times [B], 0 or 1
+    chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations
+    roll, rotate, cut, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
     v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
-    shift = (draw(2, B) * roll * (1 + 2 * strength) * unit).round()[..., None, None]  # [2, B, 1, 1]
+    shift = (draw(2, B, 1, 1) * roll * (1 + 2 * strength) * unit).round()
     u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
-    hole = draw(2, B)[..., None, None] * torch.tensor([W / 2, H / 2], device=x.device).view(2, 1, 1, 1)
-    reach = (cut * 4 * strength * unit)[:, None, None]  # half the hole's side
-    seen = ((u - hole[0]).abs() >= reach) | ((v - hole[1]).abs() >= reach)
+    hole, reach = draw(2, B, 1, 1), cut * 4 * strength * unit  # its middle, half its side
+    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach
 
-    side = (1 - torch.rand(B, device=x.device) * (1 - min_scale)).sqrt()
-    angle, slant = draw(B) * rotate * math.radians(15 * strength), draw(B) * shear * 0.15 * strength
-    mirror = torch.where(torch.rand(B, device=x.device) < 0.5 * flip, -1.0, 1.0)
-    cos, sin = angle.cos() * side, angle.sin() * side
-    away = draw(2, B) * (1 - side)
-    cos, sin, slant, mirror, away = (z[..., None, None] for z in (cos, sin, slant, mirror, away))
+    side = (1 - torch.rand(B, 1, 1, device=x.device) * (1 - min_scale)).sqrt()
+    angle, slant = draw(B, 1, 1) * rotate * math.radians(15 * strength), draw(B, 1, 1) * shear * 0.15 * strength
+    mirror = torch.where(torch.rand(B, 1, 1, device=x.device) < 0.5 * flip, -1.0, 1.0)
+    cos, sin, away = angle.cos() * side, angle.sin() * side, draw(2, B, 1, 1) * (1 - side)
     u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
     u = mirror * (u + slant * v)
     u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()

@@ -50,13 +50,11 @@ def autocast(device):
 def over_split(model, split, batch_size, device, each_step=False, view=lambda x: x):
     """The model's outputs [T, B, D] over (views of) a split in evaluation mode, on the CPU: their mean over time, float [N, D];
     each_step: all of them, [T, N, D]."""
-    training = model.training
     model.eval()
     with autocast(device):
         steps = (model(view(x)).float() for x, _ in data.batches(split, batch_size, device))  # each [T, B, D]
-        out = [(z if each_step else z.mean(0)).cpu() for z in steps]
-    model.train(training)
-    return torch.cat(out, -2)
+        out = [z if each_step else z.mean(0) for z in steps]
+    return torch.cat(out, -2).cpu()
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -77,7 +75,6 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
     mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
-    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -127,7 +124,6 @@ def read_checkpoint(path):
 def load_checkpoint(path):
     """A checkpoint of train.py as a dict: kind, args, classes, weights, all of which fit one another. Raises UserError."""
     try:
-        open(path, "rb").close()
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
         texts = [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))]
@@ -135,7 +131,7 @@ def load_checkpoint(path):
         numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
-                 and all(type(n) in (int, float, bool) for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
+                 and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
                  and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
         with torch.device("meta"):  # shapes only
             net = sound and network(ckpt)
@@ -238,6 +234,8 @@ def spike_figures(net, run, n, T):
 def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     from torch.utils.benchmark import Timer  # here, for it warns where CUDA is installed but no GPU: errors have one line
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # the timer waits for the current one
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken)
     train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
@@ -256,9 +254,11 @@ def figures(path, ckpt, args):
     torch.manual_seed(0)  # always the same views
     f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
     x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
+
+    def seconds(x):
+        return Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.2).median
     with torch.no_grad(), autocast(args.device):
-        timers = (Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()) for x in (x, x[:, :1].contiguous()))
-        batch, one = (timer.blocked_autorange(min_run_time=0.2).median for timer in timers)  # seconds
+        batch, one = seconds(x), seconds(x[:, :1].contiguous())
     f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
               frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
     x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
@@ -393,7 +393,8 @@ def draw_classes(f, show, page):
         for i, j in counts.nonzero().tolist():
             matrix.text(j, i, counts[i, j].item(), size=small, ha="center", va="center", color="white" if percent[i, j] > 50 else "black")
         matrix.set(xlabel="taken for", ylabel="class", xticks=range(len(names)), yticks=range(len(names)))
-        matrix.set_xticklabels(f["classes"], rotation=90, size=small), matrix.set_yticklabels(f["classes"], size=small)
+        matrix.set_xticklabels(f["classes"], rotation=90, size=small, parse_math=False)
+        matrix.set_yticklabels(f["classes"], size=small, parse_math=False)
     z = show["features"] - show["features"].mean(0)
     variances, axes = torch.linalg.eigh(z.T @ z)
     points, percent = z @ axes[:, [-1, -2]], 100 * variances / variances.sum()  # [N, 2]
@@ -401,7 +402,7 @@ def draw_classes(f, show, page):
     for c in show["labels"].unique().tolist():
         x, y = points[show["labels"] == c].T.numpy()
         ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
-        ax.text(np.median(x), np.median(y), names[c], size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
+        ax.text(np.median(x), np.median(y), names[c], parse_math=False, size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
     ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
 
 
@@ -414,9 +415,9 @@ def main(argv=None):
     parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = data.fail
     args = parser.parse_args(argv)
-    try:
+    with data.answers("choose another --device", ""):
         data.check_device(args.device)
         if args.pictures and len(args.ckpt) > 1:
             raise data.UserError("--pictures: shows one checkpoint: pass a single --ckpt")
@@ -433,18 +434,8 @@ def main(argv=None):
             tell(runs[0])
         groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups))
+            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups), default=str, skipkeys=True)
             Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda nan: None)))  # JSON knows no NaN
-    except (data.UserError, OSError) as e:
-        sys.exit(fail(e))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def fail(message):
-    """One line on stderr; the status of a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

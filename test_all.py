@@ -276,11 +276,11 @@ def test_moco_accuracy_counts_queries_that_find_their_key():
 
 @pytest.mark.parametrize("arch, size", [("spikformer-1-16", 16), ("sew-resnet-18-4", 64)])
 def test_moco_compiles_as_a_whole_to_the_same_numbers(arch, size):
-    """As on a GPU: one graph from views to loss and queue, whatever the size of the batch. Here without the compiler's last stage."""
+    """As on a GPU: one graph from views to loss and queue for each size of batch. Here without the compiler's last stage."""
     plain = moco.MoCo(models.build(arch, size), 16, queue_size=8, momentum=0.9)
     plain.new_queue(2)
     compiled = copy.deepcopy(plain)
-    forward = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    forward = torch.compile(compiled, backend="aot_eager", fullgraph=True, dynamic=False)
     for B in (4, 3):
         views = torch.poisson(torch.rand(2, 2, B, 2, size, size))
         losses = [net(*views) for net in (plain, forward)]
@@ -1466,6 +1466,33 @@ def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
     assert data.check_events(jitter) is jitter  # a little out of order, as cameras deliver: sorted, not refused
 
 
+def test_data_truncated_npy_is_called_truncated(tmp_path):
+    write_npy(tmp_path / "own" / "a" / "1.npy", recording(60))
+    raw = (tmp_path / "own" / "a" / "1.npy").read_bytes()
+    for name, content in (("a/2", raw), ("b/1", raw), ("b/2", raw[: len(raw) // 2])):
+        write_npy(tmp_path / "own" / f"{name}.npy", recording(60))
+        (tmp_path / "own" / f"{name}.npy").write_bytes(content)
+    with pytest.raises(data.UserError, match="b/2.npy: cannot be read .*Failed to read all data"):
+        data.load(tmp_path / "own", tmp_path / "root", 2)
+
+
+def test_data_damaged_list_of_frames_is_called_damaged(tmp_path):
+    own = tmp_path / "²"  # a digit to str.isdigit, none to int
+    for c, i in itertools.product(["a", "b²"], range(4)):
+        write_npy(own / c / f"r3²{i}.npy", recording(60, seed=i))
+    good = data.load(own, tmp_path / "root", 2)
+    listing = next((tmp_path / "root" / "frames").glob("*.tsv"))
+    raw = listing.read_bytes()
+    for damaged in (b"", raw[: len(raw) // 2], bytes(len(raw)), raw + b"\n", raw.replace(b"\ntrain", b'\n"train', 1), raw.replace(b"test", b"broken")):
+        listing.write_bytes(damaged)
+        with pytest.raises(data.UserError, match="is damaged: remove it"):
+            data.load(own, tmp_path / "root", 2)
+    listing.write_bytes(raw)
+    assert np.array_equal(data.load(own, tmp_path / "root", 2)[0].frames, good[0].frames)
+    with pytest.raises(data.UserError, match="neither a folder"):
+        data.load(tmp_path / "none", tmp_path / "root")
+
+
 def test_data_truncated_aedat4_is_noticed_at_every_length(tmp_path):
     write_aedat4(tmp_path / "a.aedat4", recording(300))
     raw = (tmp_path / "a.aedat4").read_bytes()
@@ -1531,7 +1558,8 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
     weights = {name: checkpoint["weights"] | {bn: v} for name, v in dict(
         nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(), sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12)).items()}
     arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None],
-                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"])
+                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"],
+                     queue_size=[-5], views=[data.COMMON["views"] | dict(strength=10**400)])
     contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}, *({k: v for k, v in checkpoint.items() if k != part} for part in checkpoint),
                 *(checkpoint | change for change in [
                     dict(kind="other"), dict(classes=[]), dict(classes=["a"] * 4), dict(classes=[1, 2, 3]), dict(classes=itself), dict(x=laughs),
@@ -1569,7 +1597,7 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
 def test_train_refuses_a_hostile_state(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
-    for change in [dict(epoch=-1), dict(epoch="1"), dict(log=[{"x": 1}]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
+    for change in [dict(epoch=-1), dict(epoch=1.5), dict(epoch="1"), dict(log=[{"x": 1}]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
                    dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(model={k: v * math.nan for k, v in state["model"].items()})]:
         torch.save(state | dict(epoch=1) | change, tmp_path / "a" / "state.pt")
         line = answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--resume")

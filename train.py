@@ -6,18 +6,20 @@
     python train.py --dataset cifar10dvs --help                  # every flag, with the defaults for that data set
 
 A run's folder holds pretrained.pt and finetuned.pt (weights of the last epoch, and all that eval.py needs), log.csv (one row
-an epoch) and state.pt (all that --resume needs). Test recordings are not looked at before the last line.
+an epoch) and state.pt (all that --resume needs). No test recording meets the network before the last line.
 Guarded by `python -m pytest test_all.py -k train`.
 """
 import argparse
 import ctypes
 import io
+import itertools
 import math
 import os
 import sys
 import textwrap
 import time
 import warnings
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,14 +31,14 @@ from tqdm import tqdm
 import data
 import models
 import neuron
-from eval import PRETRAINING, accuracy_line, autocast, fail, knn_accuracy, load_checkpoint, over_split, read_checkpoint
+from eval import PRETRAINING, accuracy_line, autocast, knn_accuracy, load_checkpoint, over_split, read_checkpoint
 from moco import MoCo
 
 
 def parse(argv):
     """Flags; their defaults are the row of data.DATASETS that --dataset picks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = data.fail
 
     def number(kind, low, high):
         def check(text):
@@ -131,34 +133,35 @@ def run_folder(args):
 
     Nothing is ever written over, and no two runs write to one folder.
     """
-    folders = [Path(args.out).expanduser() if args.out else Path("runs") / Path(args.dataset).resolve().name]
-    while not args.out and folders[-1].exists():
-        folders.append(folders[0].with_name(f"{folders[0].name}-{len(folders) + 1}"))
-    runs = [f for f in folders if (f / "log.csv").exists() or (f / "state.pt").exists()]
-    if args.out and runs and not args.resume:
-        raise data.UserError(f"--out {args.out}: holds a run already: add --resume to go on with it, or choose another folder")
-    if args.resume:
-        choice = [f for f in folders if f.exists()][-1:] or folders
-    else:
-        choice = [f for f in folders if f not in runs]
-    for out in choice:
+    first = Path(args.out).expanduser() if args.out else Path("runs") / Path(args.dataset).resolve().name
+    numbered = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+    folders = [first] if args.out else itertools.chain([first], numbered)
+    if args.resume:  # the last one
+        folders = [*itertools.takewhile(Path.exists, folders)][-1:] or [first]
+    for out in folders:
         try:
-            return out, data.lock(out)
+            if args.resume or not holds_run(out):
+                return out, data.lock(out)
         except BlockingIOError:
-            continue
+            if args.out or args.resume:
+                raise data.UserError(f"{out}: another run is at work there: wait for its end, or choose another --out")
         except OSError as e:
             raise data.UserError(f"--out {out}: cannot be written ({e.strerror}): choose another folder")
-    raise data.UserError(f"--out {out}: another run is at work there: wait for its end, or choose another folder")
+    raise data.UserError(f"--out {out}: holds a run already: add --resume to go on with it, or choose another folder")
+
+
+def holds_run(out):
+    return (out / "log.csv").exists() or (out / "state.pt").exists()
 
 
 def load_state(out):
     """What state.pt in the folder `out` holds; None if no epoch of a run has ended there."""
-    if not (out / "log.csv").exists() and not (out / "state.pt").exists():
+    if not holds_run(out):
         return None
     try:
         state = read_checkpoint(out / "state.pt")
         if not ({"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state) and type(state["args"]) is dict
-                and state["epoch"] > 0 and all(list(row) == ROW for row in state["log"])):
+                and type(state["epoch"]) is int and state["epoch"] > 0 and all(list(row) == ROW for row in state["log"])):
             raise KeyError
         return state
     except Exception:
@@ -189,7 +192,7 @@ class Run:
         """Stop if the run to go on with was made with other flags; the size of images and recordings is known after loading only."""
         was, free = self.state["args"] if self.state else {}, ("out", "resume", "device", "root", "no_compile")
         wrong = [f"--{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
-                 if k in was and k not in free and was[k] != v and (k, v) != ("image_size", None)]
+                 if k in was and k not in free and str(was[k]) != str(v) and (k, v) != ("image_size", None)]
         if wrong:
             raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
 
@@ -233,7 +236,7 @@ def batch_sizes(split, args):
 def fit(run, phase, model, step, split, epochs, lr, watch):
     """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
-    watch(steps done) gives a kNN accuracy for the log, ten times a phase, or None. Goes on from run.state if that is of this phase.
+    watch(steps done) gives a kNN accuracy for the log, or None, at least ten times a phase. Goes on from run.state if that is of this phase.
     """
     args, start, (rank, world) = run.args, 0, processes()
     sizes = batch_sizes(split, args)
@@ -296,18 +299,22 @@ def check_finite(run, phase, epoch, losses, model, optimizer, schedule):
 
 
 def engine(model, args):
-    """What to call to train `model`: itself, averaging gradients over processes, compiled as a whole on a GPU.
+    """What to call to train `model`: itself, on a single GPU compiled as a whole, or averaging gradients over processes.
 
-    Batch-norm statistics are those of all processes on GPUs, of each process on CPUs, where PyTorch has no such thing. On a CPU the
-    LIF layers alone are compiled (neuron.py), for that pays sooner.
+    Batch-norm statistics are those of all processes on GPUs, of each process on CPUs, where PyTorch has no such thing. They would break
+    the compiled graph at every layer: with several processes, as on a CPU, the LIF layers alone are compiled (neuron.py).
     """
     cuda = torch.device(args.device).type == "cuda"
     if dist.is_initialized():
         if cuda:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         warnings.filterwarnings("ignore", "`broadcast_buffers`")  # what it proposes instead still syncs buffers
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    return torch.compile(model) if cuda and not args.no_compile else model
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, whose formats are the same bytes
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if cuda and not args.no_compile:
+        torch._dynamo.config.suppress_errors = True  # without a compiler it warns and runs as it is
+        return torch.compile(model, dynamic=False)  # batches have two sizes at most; a graph for any size is slower for all of them
+    return model
 
 
 def thousand(split):
@@ -318,23 +325,21 @@ def thousand(split):
 
 def look(run, encoder, split, done):
     """Features [N, D] of a split after `done` steps. Warns, once a run, of dead neurons and of recordings that all look alike."""
-    rates = {name: [] for name, layer in encoder.named_modules() if isinstance(layer, neuron.LIF)}
-    hooks = [encoder.get_submodule(name).register_forward_hook(lambda _, __, spikes, to=to: to.append(spikes.float().mean()))
-             for name, to in rates.items()]
+    rates, found = defaultdict(list), {}
+    hooks = [layer.register_forward_hook(lambda _, __, spikes, name=name: rates[name].append(spikes.float().mean()))
+             for name, layer in encoder.named_modules() if isinstance(layer, neuron.LIF)]
     features = over_split(encoder, split, run.args.batch_size, run.args.device)
     for hook in hooks:
         hook.remove()
-    found = {}
     for rate, how in ((0, "never spike"), (1, "spike at every time step")):
-        layers = [name for name, rates_seen in rates.items() if (torch.stack(rates_seen) == rate).all()]
-        found[how] = layers and f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
+        if layers := [name for name, seen in rates.items() if (torch.stack(seen) == rate).all()]:
+            found[how] = f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
     spread = (features - features.mean(0)).norm() / features.norm()
-    found["alike"] = len(features) > 1 and not spread > 0.03 and (  # cosines above 0.999; 0.77 on the toy data
-        "the features of all recordings are alike (a collapse): nothing can be told from them")
-    for kind, what in found.items():
-        if what and kind not in run.warned and done >= 50:  # before, batch norm's running statistics are not those of the data
-            print(f"warning: {what}; a lower learning rate or another seed may help")
-            run.warned.add(kind)
+    if len(features) > 1 and not spread > 0.03:  # cosines above 0.999; 0.77 on the toy data
+        found["alike"] = "the features of all recordings are alike (a collapse): nothing can be told from them"
+    for kind in found.keys() - run.warned if done >= 50 else ():  # before, batch norm's running statistics are not those of the data
+        print(f"warning: {found[kind]}; a lower learning rate or another seed may help")
+        run.warned.add(kind)
     return features
 
 
@@ -420,13 +425,14 @@ def train_and_test(args):
     print(f"{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
-    done = run.state is not None and run.state["phase"] == "finetune"
-    if args.pretrain_epochs and not init and not done:
-        pretrain(run, train, encoder)
     if init:
         load_encoder(encoder, init, args)
+    elif args.pretrain_epochs and not (run.state and run.state["phase"] == "finetune"):
+        pretrain(run, train, encoder)
     model = finetune(run, few, encoder)
     print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load_encoder(encoder, ckpt, args):
@@ -441,17 +447,9 @@ def load_encoder(encoder, ckpt, args):
 
 
 def main(argv=None):
-    try:
+    with data.answers("lower --batch-size, --n-frames or --image-size, or take a smaller --arch",
+                      ": the same command with --resume goes on after the last whole epoch, if there is one"):
         train_and_test(parse(argv))
-    except (data.UserError, OSError) as e:
-        sys.exit(fail(e))
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        sys.exit(fail("out of memory: lower --batch-size, --n-frames or --image-size, or take a smaller --arch"))
-    except KeyboardInterrupt:
-        print("\nstopped: the same command with --resume goes on after the last whole epoch, if there is one", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
