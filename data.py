@@ -78,7 +78,9 @@ def answers(out_of_memory, stopped):
         fail(e)
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
+            if "closed by peer" not in str(e):
+                raise
+            fail("another process has ended: its message says why")
         fail(f"out of memory: {out_of_memory}")
     except KeyboardInterrupt:
         print(f"\nstopped{stopped}", file=sys.stderr)
@@ -182,7 +184,11 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     mark = hashlib.sha256(repr((FORMAT, recordings, stamps, n_frames, size, skip_broken)).encode(errors="surrogateescape")).hexdigest()[:12]
     path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
     if not path.exists():
-        with lock(path.parent, wait=True):
+        try:
+            held = lock(path.parent, wait=True)
+        except OSError as e:
+            raise UserError(f"--root {root}: cannot be written ({e.strerror}): choose another folder")
+        with held:
             if not path.exists():  # another run may have made them
                 cache(path, recordings, read, n_frames, sensor, size, skip_broken)
     try:

@@ -346,7 +346,6 @@ def draw(f, show, folder):
         loss.legend(frameon=False), share.legend(frameon=False)
     draw_spikes(f, show, page)
     draw_classes(f, show, page)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pages.items():
         figure.savefig(folder / f"{name}.png")
 
@@ -425,8 +424,13 @@ def main(argv=None):
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
             args.pictures = None
         ckpts = [load_checkpoint(path) for path in args.ckpt]  # all of them, to complain before the work
-        if args.json and not Path(args.json).absolute().parent.is_dir():
-            raise data.UserError(f"--json {args.json}: there is no such folder: make it, or choose another")
+        try:
+            if args.pictures:
+                Path(args.pictures).mkdir(parents=True, exist_ok=True)
+            if args.json:
+                open(args.json, "a").close()
+        except OSError as e:
+            raise data.UserError(f"{e.filename}: cannot be written ({e.strerror}): choose another place")
         runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1), ckpts)))
         if args.pictures:
             draw(runs[0], shows[0], Path(args.pictures))

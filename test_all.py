@@ -1061,7 +1061,7 @@ def test_eval_without_matplotlib(tiny_runs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, says", [(["--pictures", "p"], "--pictures"), (["--json", "no/such/folder/f.json"], "no/such/folder"),
-                                         (["--dataset", "no/such/data"], "no/such/data")])
+                                         (["--dataset", "no/such/data"], "no/such/data"), (["--pictures", __file__], __file__)])
 def test_eval_answers_a_mistake_with_one_line(tiny_runs, flags, says, capsys):
     with pytest.raises(SystemExit) as e:
         evaluation.main(["--ckpt", *[str(tiny_runs / "s0" / "finetuned.pt")] * (1 + (says == "--pictures")), *flags])
@@ -1260,6 +1260,8 @@ def test_train_on_two_processes(shapes, tmp_path):
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == two.stdout.splitlines()[-1]
     wrong = command(*TORCHRUN, "2", "train.py", *flags, *out("three"), "--init", "no/such.pt")
     assert wrong.returncode != 0 and "no/such.pt" in wrong.stderr
+    wrong = command(*TORCHRUN, "2", "train.py", *flags, *out("two"))  # which only the first process sees
+    assert wrong.returncode != 0 and "holds a run already" in wrong.stderr and 'train.py", line' not in wrong.stderr
 
 
 SHARES = """
@@ -1323,7 +1325,7 @@ def answer(capsys, *argv, main=train.main):
     ("--epochs -1", "--epochs"), ("--queue-size 0", "--queue-size"), ("--image-size 4", "--image-size"), ("--batch-size 0", "--batch-size"),
     ("--batch-size 61", "60 recordings"), ("--labels-per-class -1", "--labels-per-class"), ("--device meta", "--device meta"),
     ("--device cuda:99", "--device cuda:99"), ("--dataset nminst", "did you mean nmnist?"), ("--arch spikfromer-2-256", "did you mean spikformer-2-256?"),
-    ("--pretrian-epochs 3", "did you mean --pretrain-epochs?"), ("--out FILE", "cannot be written"), ("--out FILE/below", "cannot be written"),
+    ("--pretrian-epochs 3", "did you mean --pretrain-epochs?"), ("--out FILE", "cannot be written"), ("--out FILE/below", "cannot be written"), ("--root FILE/below", "cannot be written"),
     ("--n-frames 1 --batch-size 1", "batch of one frame"), ("--init FOLDER", "cannot be read")])
 def test_train_checks_flags_before_any_work(shapes, tmp_path, capsys, monkeypatch, flags, says):
     (tmp_path / "file").touch()

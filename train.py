@@ -56,7 +56,7 @@ def parse(argv):
     group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
     group("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     group = parser.add_argument_group("model").add_argument
-    group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
+    group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>, dim a multiple of 16")
     group = parser.add_argument_group("pre-training").add_argument
     group("--pretrain-epochs", type=number(int, 0, 10**5), help="0: none, fine-tune from scratch")
     group("--queue-size", type=number(int, 1, 10**7), help="negatives K, well below the number of training recordings")
@@ -65,7 +65,7 @@ def parse(argv):
     group("--alpha", type=number(float, 0, 1e3), help="weight of MBC, InfoNCE of the average over time")
     group("--beta", type=number(float, 0, 1e3), help="weight of MAC, average over time of InfoNCE")
     group("--pretrain-lr", type=number(float, 1e-9, 1e3), help="peak learning rate of pre-training")
-    group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint")
+    group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint, whose pre-training flags are taken over")
     group = parser.add_argument_group("fine-tuning").add_argument
     group("--epochs", type=number(int, 1, 10**5), help="passes over the labelled recordings")
     group("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
@@ -133,7 +133,7 @@ def run_folder(args):
 
     Nothing is ever written over, and no two runs write to one folder.
     """
-    first = Path(args.out).expanduser() if args.out else Path("runs") / Path(args.dataset).resolve().name
+    first = Path(args.out).expanduser() if args.out else Path("runs") / Path(os.path.abspath(args.dataset)).name
     numbered = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
     folders = [first] if args.out else itertools.chain([first], numbered)
     if args.resume:  # the last one
@@ -365,8 +365,8 @@ def pretrain(run, train, encoder):
         return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
-    if args.queue_size > len(train.labels) / 2:
-        print(f"warning: a queue of {args.queue_size} holds most of the {len(train.labels)} recordings: their own keys return as negatives; a smaller --queue-size may do better")
+    if args.queue_size >= len(train.labels):
+        print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: their own keys return as negatives; a smaller --queue-size may do better")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
     run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
