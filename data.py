@@ -77,11 +77,11 @@ def answers(out_of_memory, stopped):
     except (UserError, OSError) as e:
         fail(e)
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            if "closed by peer" not in str(e):
-                raise
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            fail(f"out of memory: {out_of_memory}")
+        if "closed by peer" in str(e):
             fail("another process has ended: its message says why")
-        fail(f"out of memory: {out_of_memory}")
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped{stopped}", file=sys.stderr)
         sys.exit(130)
@@ -110,8 +110,11 @@ def lock(folder, wait=False):
     Another process that has it is waited for, or answered with BlockingIOError. Half-written files of killed ones are removed.
     Workers do not inherit this kind of lock. File systems that know no locks are left as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    f = open(folder / "lock", "w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / "lock", "w")
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}): choose another folder for --out or --root")
     try:
         import fcntl  # Windows has none: two runs at once are not told apart there
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,11 +187,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     mark = hashlib.sha256(repr((FORMAT, recordings, stamps, n_frames, size, skip_broken)).encode(errors="surrogateescape")).hexdigest()[:12]
     path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
     if not path.exists():
-        try:
-            held = lock(path.parent, wait=True)
-        except OSError as e:
-            raise UserError(f"--root {root}: cannot be written ({e.strerror}): choose another folder")
-        with held:
+        with lock(path.parent, wait=True):
             if not path.exists():  # another run may have made them
                 cache(path, recordings, read, n_frames, sensor, size, skip_broken)
     try:

@@ -48,8 +48,8 @@ def autocast(device):
 
 @torch.no_grad()
 def over_split(model, split, batch_size, device, each_step=False, view=lambda x: x):
-    """The model's outputs [T, B, D] over (views of) a split in evaluation mode, on the CPU: their mean over time, float [N, D];
-    each_step: all of them, [T, N, D]."""
+    """The outputs [T, B, D] of a model, which is left in evaluation mode, over (views of) a split, on the CPU: their mean over time,
+    float [N, D]; each_step: all of them, [T, N, D]."""
     model.eval()
     with autocast(device):
         steps = (model(view(x)).float() for x, _ in data.batches(split, batch_size, device))  # each [T, B, D]

@@ -145,8 +145,6 @@ def run_folder(args):
         except BlockingIOError:
             if args.out or args.resume:
                 raise data.UserError(f"{out}: another run is at work there: wait for its end, or choose another --out")
-        except OSError as e:
-            raise data.UserError(f"--out {out}: cannot be written ({e.strerror}): choose another folder")
     raise data.UserError(f"--out {out}: holds a run already: add --resume to go on with it, or choose another folder")
 
 
@@ -337,9 +335,10 @@ def look(run, encoder, split, done):
     spread = (features - features.mean(0)).norm() / features.norm()
     if len(features) > 1 and not spread > 0.03:  # cosines above 0.999; 0.77 on the toy data
         found["alike"] = "the features of all recordings are alike (a collapse): nothing can be told from them"
-    for kind in found.keys() - run.warned if done >= 50 else ():  # before, batch norm's running statistics are not those of the data
-        print(f"warning: {found[kind]}; a lower learning rate or another seed may help")
-        run.warned.add(kind)
+    for kind, what in found.items():
+        if kind not in run.warned and done >= 50:  # before, batch norm's running statistics are not those of the data
+            print(f"warning: {what}; a lower learning rate or another seed may help")
+            run.warned.add(kind)
     return features
 
 
