@@ -150,7 +150,8 @@ def to_frames(events, n_frames, sensor_size, size):
         events = events[np.argsort(t, kind="stable")]
     x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
     if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
-        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels (x {x.min()} to {x.max()}, y {y.min()} to {y.max()})")
+        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels: "
+                         f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()}")
     if (width, height) != (size, size):
         x, y = x * size // width, y * size // height
     pixel = y * size + x + (np.ascontiguousarray(events["p"]) > 0) * np.int32(size * size)
@@ -200,7 +201,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     except (OSError, ValueError, LookupError, csv.Error):
         raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
     if len(good) < len(recordings):
-        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: {path.with_suffix('.tsv')} says why")
+        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: "
+              f"{path.with_suffix('.tsv')} says why")
     labels = np.array([classes.index(cls) for _, cls, _ in good])
     n = sum(split == "train" for split, _, _ in good)
     if not 0 < n < len(good):
@@ -213,6 +215,14 @@ def recipe(name):
     if name not in DATASETS and not Path(name).expanduser().is_dir():
         raise UserError(f"--dataset {name}: neither a folder that exists nor one of {', '.join(DATASETS)}{nearest(str(name), DATASETS)}")
     return DATASETS.get(name, FOLDER)
+
+
+def parse(parser, argv):
+    """The flags that `parser` knows; for any other, one line that says which was meant."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fail(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], parser._option_string_actions)}")
+    return args
 
 
 def nearest(name, known):
@@ -249,7 +259,8 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
         sensor = np.max(list(corners.values()), 0).tolist()
         farthest = max(corners, key=lambda key: max(corners[key]))
         if max(sensor) > 2 * np.median([max(c) for c in corners.values()]):  # a wrong byte would shrink all others into a corner
-            print(f"warning: sensor of {sensor[0]} x {sensor[1]} pixels, for events of {farthest} lie that far out, most others' not half so far")
+            print(f"warning: sensor of {sensor[0]} x {sensor[1]} pixels, for events of {farthest} lie that far out, "
+                  "most others' not half so far")
     size = size or min(128, max(8, *sensor))
     need, free = len(keys) * n_frames * 2 * size * size, shutil.disk_usage(path.parent).free
     if need > free:

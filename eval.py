@@ -88,7 +88,8 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
-HARMLESS = "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"  # all that a checkpoint names
+# All that the pickle of a checkpoint names:
+HARMLESS = "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"
 
 
 def read_checkpoint(path):
@@ -131,7 +132,8 @@ def load_checkpoint(path):
         numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
-                 and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers) and set(args["views"]) == set(data.COMMON["views"])
+                 and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
+                 and set(args["views"]) == set(data.COMMON["views"])
                  and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
         with torch.device("meta"):  # shapes only
             net = sound and network(ckpt)
@@ -288,8 +290,9 @@ def tell(f):
         print(f"warning: {', '.join(dead)} never spike: nothing gets through them, and what follows says nothing about the method")
     dense = f["energy_without_spikes"]
     print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
-    print(f"{f['parameters']:,} parameters; on {f['device']} {f['per_second']:,.0f} recordings/s, {f['batch']} at once; {f['latency']:.2f} ms for one")
-    print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {'unchanged' if f['frozen'] else 'CHANGED'} by all this")
+    print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; {latency:.2f} ms for one".format(**f))
+    frozen = "unchanged" if f["frozen"] else "CHANGED"
+    print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {frozen} by all this")
     print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
     if "accuracy" in f:
         print(LAST_LINE.format(f["accuracy"], f["recordings"]))
@@ -338,7 +341,8 @@ def draw(f, show, folder):
         loss.axhline(chance[phase], color="grey", ls="--", label="chance")
         style = dict(color=BLUE, marker="." if len(epochs) < 3 else None)
         loss.plot(epochs, losses, **style)
-        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss", ylim=(0, 1.08 * max(chance[phase], losses.max())))
+        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss",
+                 ylim=(0, 1.08 * max(chance[phase], losses.max())))
         share.plot(epochs, accuracy, **style, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
         if phase == "pretrain":
             share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
@@ -401,7 +405,8 @@ def draw_classes(f, show, page):
     for c in show["labels"].unique().tolist():
         x, y = points[show["labels"] == c].T.numpy()
         ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
-        ax.text(np.median(x), np.median(y), names[c], parse_math=False, size=small + 1, ha="center", va="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
+        ax.text(np.median(x), np.median(y), names[c], parse_math=False, size=small + 1, ha="center", va="center",
+                bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
     ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
 
 
@@ -415,7 +420,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.error = data.fail
-    args = parser.parse_args(argv)
+    args = data.parse(parser, argv)
     with data.answers("choose another --device", ""):
         data.check_device(args.device)
         if args.pictures and len(args.ckpt) > 1:

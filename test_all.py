@@ -1215,6 +1215,7 @@ def command(*argv, threads=None):
     (["train.py", "--init", "no/such.pt"], "no/such.pt"),
     (["eval.py", "--ckpt", "no/such.pt"], "no/such.pt"),
     (["eval.py", "--ckpt", "README.md"], "README.md"),
+    (["eval.py", "--ckpt", "README.md", "--picture", "docs"], "did you mean --pictures?"),
     (["eval.py"], "--ckpt")])
 def test_train_and_eval_answer_a_mistake_with_one_line(argv, says, tmp_path):
     run = command(*argv[:1], *(["--root", str(tmp_path)] if argv[0] == "train.py" else []), *argv[1:])

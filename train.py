@@ -52,8 +52,8 @@ def parse(argv):
     group("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
     group("--root", default="data", help="folder of downloads and cached frames")
     group("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
-    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels, which the backbones halve three times or more; if not given: the sensor's, 128 at most")
-    group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training sees every recording, no label")
+    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels; if not given: the sensor's, 128 at most")
+    group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training uses none")
     group("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     group = parser.add_argument_group("model").add_argument
     group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>, dim a multiple of 16")
@@ -84,9 +84,7 @@ def parse(argv):
     early.add_argument("--dataset", default="toy")
     row = data.recipe(early.parse_known_args(argv)[0].dataset)
     parser.set_defaults(**row)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{data.nearest(unknown[0], parser._option_string_actions)}")
+    args = data.parse(parser, argv)
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
     args.pretrained_on = args.dataset
@@ -192,7 +190,8 @@ class Run:
         wrong = [f"--{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
                  if k in was and k not in free and str(was[k]) != str(v) and (k, v) != ("image_size", None)]
         if wrong:
-            raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: pass the same, or choose another --out")
+            raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: "
+                                 "pass the same, or choose another --out")
 
     def save(self, name, content):
         if processes()[0] == 0:
@@ -227,14 +226,16 @@ def batch_sizes(split, args):
     if min(sizes) < world:
         raise data.UserError(f"{world} processes for batches of {min(sizes)}: raise --batch-size or start fewer")
     if min(sizes) // world * args.n_frames < 2:
-        raise data.UserError("a batch of one frame has no statistics for batch norm: raise --batch-size or --n-frames, or label more recordings")
+        raise data.UserError("a batch of one frame has no statistics for batch norm: "
+                             "raise --batch-size or --n-frames, or label more recordings")
     return sizes
 
 
 def fit(run, phase, model, step, split, epochs, lr, watch):
     """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
-    watch(steps done) gives a kNN accuracy for the log, or None, at least ten times a phase. Goes on from run.state if that is of this phase.
+    watch(steps done) gives a kNN accuracy for the log, or None, at least ten times a phase.
+    Goes on from run.state if that is of this phase.
     """
     args, start, (rank, world) = run.args, 0, processes()
     sizes = batch_sizes(split, args)
@@ -292,8 +293,8 @@ def check_finite(run, phase, epoch, losses, model, optimizer, schedule):
     lr, flag = schedule.base_lrs[0] * schedule.lr_lambdas[0](epoch * steps + i), "--lr" if phase == "finetune" else "--pretrain-lr"
     kept = f"{run.out / 'state.pt'} keeps the epoch before" if run.log else "no epoch was whole"
     raise data.UserError(
-        f"{phase}: the loss or the weights are no longer finite (loss {losses[i]:g}) at step {i + 1} of epoch {epoch + 1}, learning rate {lr:.2e}: "
-        f"start anew with {flag} {schedule.base_lrs[0] / 3:.1g}{'' if phase == 'finetune' else ' or a higher --temperature'}; {kept}")
+        f"{phase}: the loss or the weights are no longer finite (loss {losses[i]:g}) at step {i + 1} of epoch {epoch + 1}, "
+        f"learning rate {lr:.2e}: start anew with {flag} {schedule.base_lrs[0] / 3:.1g}{'' if phase == 'finetune' else ' or a higher --temperature'}; {kept}")
 
 
 def engine(model, args):
@@ -365,7 +366,8 @@ def pretrain(run, train, encoder):
 
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
     if args.queue_size >= len(train.labels):
-        print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: their own keys return as negatives; a smaller --queue-size may do better")
+        print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: their own keys return as negatives; "
+              "a smaller --queue-size may do better")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
     run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
