@@ -366,7 +366,12 @@ def attempt(f, key):
     try:
         return None, f(key)
     except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
-        return " ".join(f"{type(e).__name__}: {e}".split())[:300], None
+        return reason(e), None
+
+
+def reason(e):
+    """An exception on one line."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 def alone(f, key):

@@ -36,8 +36,9 @@ import neuron
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
 PRETRAINING = "pretrain_epochs", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_lr", "views"  # settings of it alone
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
-ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first convolution and the head,
-  which take real numbers; batch norm is folded into the weights; membranes and memory cost nothing; without spikes no zero is skipped"""
+ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first layer and where
+  the input is no sum of spikes, as of the head; batch norm is folded into the weights; membranes and memory cost nothing; without
+  spikes no zero is skipped"""
 BLUE, RED, *_ = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
 
 
@@ -88,8 +89,7 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
-# All that the pickle of a checkpoint names:
-HARMLESS = "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"
+HARMLESS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"  # all that the pickle of a checkpoint names
 
 
 def read_checkpoint(path):
@@ -104,8 +104,8 @@ def read_checkpoint(path):
             raise ValueError("compressed, which torch.save does not do, or damaged")
         (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
         for op, arg, _ in pickletools.genops(z.read(pickled)):
-            if "GLOBAL" in op.name and arg not in HARMLESS:
-                raise ValueError(f"asks for {arg}")
+            if "GLOBAL" in op.name and not re.fullmatch(HARMLESS, str(arg)):
+                raise ValueError(f"asks for {arg!r}")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     todo = [content]
     for _ in range(10**6):  # a list that holds itself, or two of the next that holds two of the next, has no end
@@ -133,16 +133,18 @@ def load_checkpoint(path):
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
-                 and set(args["views"]) == set(data.COMMON["views"])
-                 and int(re.search(r"\d+", args["arch"])[0]) <= len(weights))  # to build a depth of 99,999 would take minutes
+                 and set(args["views"]) == set(data.COMMON["views"]))
+        if not sound:
+            raise ValueError("its settings cannot be")
         with torch.device("meta"):  # shapes only
-            net = sound and network(ckpt)
+            net = network(ckpt)
         if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}:
-            raise ValueError
+            raise ValueError(f"its weights are not those of {args['arch']} in models.py")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
         raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
-    except Exception:
-        raise data.UserError(f"{path}: is no checkpoint of train.py, or is damaged: pass a pretrained.pt or finetuned.pt")
+    except Exception as e:
+        raise data.UserError(f"{path}: is no checkpoint of this train.py, or is damaged ({data.reason(e)}): "
+                             "pass a pretrained.pt or finetuned.pt")
     return ckpt
 
 
@@ -197,7 +199,7 @@ def spike_figures(net, run, n, T):
     Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
     spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
     """
-    sums, rasters = defaultdict(lambda: dict(macs=0, operations=0, spikes=0)), {}
+    sums, rasters = defaultdict(lambda: dict(macs=0, operations=0, spikes=0, real=False)), {}
 
     def see(name, module, inputs, out):
         if isinstance(module, neuron.LIF):
@@ -212,6 +214,7 @@ def spike_figures(net, run, n, T):
             x, macs = inputs[0], out.numel() * module.weight[0].numel()
         sums[name]["macs"] += macs
         sums[name]["operations"] += macs * x.mean(dtype=torch.float64)
+        sums[name]["real"] |= len(sums) == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
 
     def rates(spikes):
         return dict(rate=100 * spikes.mean().item() / (n * T), silent=100 * (spikes == 0).float().mean().item())
@@ -224,12 +227,11 @@ def spike_figures(net, run, n, T):
         result = run()
     layers = []
     for name, s in sums.items():
-        real = not layers or name not in rasters  # frames enter the first convolution, means over space the head
-        macs, operations = s["macs"] / n, 0.0 if real else float(s["operations"]) / n
-        layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if real else 0.9e-6 * operations))
+        macs, operations = s["macs"] / n, 0.0 if s["real"] else float(s["operations"]) / n
+        layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if s["real"] else 0.9e-6 * operations))
         layers[-1] |= rates(s["spikes"]) if name in rasters else {}
     total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")}
-    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters]))
+    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters])) if rasters else {}  # a network without spikes
     return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
 
 
@@ -368,6 +370,8 @@ def draw_spikes(f, show, page):
             ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
     key = [Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")]
     figure.legend(handles=key, ncols=2, loc="outside lower center", frameon=False)
+    if not layers:
+        return
     _, [[raster, *bars]] = page("spikes", 9, 1 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
     for i, x in enumerate(layers):
         t, k = show["rasters"][x["layer"]].nonzero().T.numpy()

@@ -224,5 +224,5 @@ def build(arch, image_size):
     m = re.fullmatch(r"spikformer-([1-9]\d*)-([1-9]\d*)", arch)
     if m and int(m[2]) % 16 == 0 and int(m[1]) <= 100:  # the sums of deeper ones could leave the byte of LeanConvLIF
         return Spikformer(int(m[1]), int(m[2]), image_size)
-    raise ValueError(f"no backbone is called '{arch}': choose sew-resnet-18, sew-resnet-18-<width>, spikformer-2-256 "
+    raise ValueError(f"no backbone is called {arch!r}: choose sew-resnet-18, sew-resnet-18-<width>, spikformer-2-256 "
                      "or spikformer-<depth>-<dim>, depth at most 100, dim a multiple of 16")

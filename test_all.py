@@ -998,6 +998,40 @@ def test_eval_of_a_pretrained_encoder_and_of_the_same_one_in_a_classifier(tiny_r
     assert again[-2] == lines[-1] and again[-3] == lines[-2] and again[-1].startswith("test accuracy ")
 
 
+class Own(torch.nn.Module):
+    """An encoder as a reader of the README would add it, with spikes or without."""
+
+    def __init__(self, spiking):
+        super().__init__()
+        self.dim = 6
+        self.conv, self.fc = torch.nn.Conv2d(2, 4, 3, 2), torch.nn.Linear(4 * 7 * 7, 6)
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+        self.neuron1, self.neuron2 = (neuron.LIF(v_threshold=0.05) if spiking else torch.nn.ReLU() for _ in range(2))
+
+    def forward(self, x):
+        x = self.neuron1(self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return self.neuron2(self.fc(x.flatten(2)))
+
+
+@pytest.mark.parametrize("spiking", [True, False])
+def test_train_and_eval_of_a_backbone_of_ones_own(shapes, tmp_path, capsys, monkeypatch, spiking):
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda arch, size: Own(spiking) if arch == "own" else build(arch, size))
+    run_tiny(shapes, tmp_path / "a", "--arch", "own", "--image-size", "16")
+    lines, _ = evaluate(capsys, tmp_path / "a" / "finetuned.pt", "--json", tmp_path / "f.json", "--pictures", tmp_path)
+    f = json.loads((tmp_path / "f.json").read_text())["runs"][0]
+    layers, macs = {layer["layer"]: layer for layer in f["layers"]}, {"conv": 2 * 7 * 7 * 9 * 2 * 4, "fc": 2 * 4 * 7 * 7 * 6, "head": 2 * 6 * 3}
+    assert {name: layers[name]["macs"] for name in macs} == macs and f["macs"] == sum(macs.values()) and lines[-1].startswith("test accuracy ")
+    # Spikes enter all but the first layer, or nothing is whole but the frames.
+    operations = {"fc": macs["fc"] * layers["neuron1"]["rate"] / 100, "head": macs["head"] * layers["neuron2"]["rate"] / 100} if spiking else {}
+    assert {name: layer["operations"] for name, layer in layers.items() if layer["operations"]} == pytest.approx(operations)
+    assert f["energy"] == pytest.approx(4.6e-6 * macs["conv"] + 0.9e-6 * sum(operations.values()) if spiking else f["energy_without_spikes"])
+    assert (tmp_path / "spikes.png").exists() == spiking == ("rate" in f) and (tmp_path / "curves.png").exists()
+    monkeypatch.undo()
+    with pytest.raises(data.UserError, match="no backbone is called 'own'"):
+        evaluation.load_checkpoint(tmp_path / "a" / "finetuned.pt")
+
+
 def test_eval_proves_the_encoder_frozen(tiny_runs, monkeypatch, capsys):
     restore = evaluation.restore
 
