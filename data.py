@@ -7,7 +7,6 @@ Data sets: `toy` (simulated here, no download), the public ones that tonic reads
 Guarded by `python -m pytest test_all.py -k data`.
 """
 import contextlib
-import csv
 import ctypes
 import difflib
 import functools
@@ -130,13 +129,6 @@ def lock(folder, wait=False):
     return f
 
 
-def table(rows, delimiter):
-    """The bytes of a CSV file, which names with tabs or line breaks in them do not upset."""
-    text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="surrogateescape")
-
-
 def to_frames(events, n_frames, sensor_size, size):
     """Count the events of a recording into frames: uint8 [n_frames, 2, size, size], polarity 0 = off, 1 = on.
 
@@ -156,9 +148,9 @@ def to_frames(events, n_frames, sensor_size, size):
         x, y = x * size // width, y * size // height
     pixel = y * size + x + (np.ascontiguousarray(events["p"]) > 0) * np.int32(size * size)
     frames = np.empty((n_frames, 2 * size * size), np.uint8)
+    bounds = [i * (n // n_frames) for i in range(n_frames)] + [n]
     for i in range(n_frames):
-        stop = (i + 1) * (n // n_frames) if i < n_frames - 1 else n
-        counts = np.bincount(pixel[i * (n // n_frames) : stop], minlength=2 * size * size)
+        counts = np.bincount(pixel[bounds[i] : bounds[i + 1]], minlength=2 * size * size)
         frames[i] = counts if counts.max() < 256 else counts.clip(max=255)  # a fifth faster than to clip all
     return frames.reshape(n_frames, 2, size, size)
 
@@ -192,13 +184,12 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
             if not path.exists():  # another run may have made them
                 cache(path, recordings, read, n_frames, sensor, size, skip_broken)
     try:
-        text = path.with_suffix(".tsv").read_bytes().decode(errors="surrogateescape")
-        states = [row[0] for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t")][1:]
+        states = [line.split("\t")[0] for line in path.with_suffix(".tsv").read_text("utf-8", "surrogateescape").splitlines()[1:]]
         good = [r for r, state in zip(recordings, states, strict=True) if state != "broken"]
         frames = np.load(path, mmap_mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
-        if len(frames) != len(good):
+        if len(frames) != len(good) or not set(states) <= {"train", "test", "broken"}:
             raise ValueError
-    except (OSError, ValueError, LookupError, csv.Error):
+    except (OSError, ValueError):
         raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
     if len(good) < len(recordings):
         print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: "
@@ -254,8 +245,7 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
     broken, keys = {}, [key for _, _, key in recordings]
     if not sensor:
         corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
-        if broken and not (skip_broken and corners):
-            raise UserError(listed(broken, len(keys)))
+        check_broken(broken, len(keys), skip_broken)
         sensor = np.max(list(corners.values()), 0).tolist()
         farthest = max(corners, key=lambda key: max(corners[key]))
         if max(sensor) > 2 * np.median([max(c) for c in corners.values()]):  # a wrong byte would shrink all others into a corner
@@ -274,22 +264,25 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
         header(f, len(keys))
         for _, frames in made:
             f.write(frames)
-        if broken:
-            if not skip_broken or len(broken) == len(keys):
-                raise UserError(listed(broken, len(keys)))
-            f.seek(0)
-            header(f, len(keys) - len(broken))
+        check_broken(broken, len(keys), skip_broken)
+        f.seek(0)
+        header(f, len(keys) - len(broken))
         with whole(path.with_suffix(".tsv")) as tsv:
             rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
-            tsv.write(table([("split", "class", "recording", "why broken"), *rows], "\t"))
+            for row in [("split", "class", "recording", "why broken"), *rows]:
+                line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
+                tsv.write(f"{line}\n".encode(errors="surrogateescape"))
 
 
-def listed(broken, total):
-    """A message that names up to 20 broken recordings with the reason why."""
+def check_broken(broken, total, skip_broken):
+    """Raise a UserError that names up to 20 broken recordings and why, unless they are to be skipped and others are left."""
+    if not broken or skip_broken and len(broken) < total:
+        return
     lines = [f"{key}: cannot be read ({why})" for key, why in list(broken.items())[:20]]
-    lines += [f"and {len(broken) - 20} more"] if len(broken) > 20 else []
-    return (f"{len(broken)} of {total} recordings are broken: fetch them again, remove them, or leave them out with --skip-broken:"
-            + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines))
+    if len(broken) > 20:
+        lines.append(f"and {len(broken) - 20} more")
+    raise UserError(f"{len(broken)} of {total} recordings are broken: fetch them again, remove them, or leave them out with --skip-broken:"
+                    + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines))
 
 
 def make_frames(read, n_frames, sensor, size, key):
@@ -340,10 +333,10 @@ def parallel(f, keys, title, broken):
                     results = list(pool.map(functools.partial(attempt, f), block, chunksize=4))
                 except BrokenProcessPool:
                     results, pool = [alone(f, key) for key in block], workers()
-                for key, (why, result) in zip(block, results):
+                for key, result in zip(block, results):
                     bar.update()
-                    if why:
-                        broken[key] = why
+                    if isinstance(result, str):
+                        broken[key] = result
                     else:
                         yield key, result
     finally:
@@ -362,11 +355,11 @@ workers = functools.partial(ProcessPoolExecutor, initializer=start_worker)
 
 
 def attempt(f, key):
-    """(None, f(key)) or (why it failed, None)."""
+    """f(key), or a string that says why it failed."""
     try:
-        return None, f(key)
+        return f(key)
     except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
-        return reason(e), None
+        return reason(e)
 
 
 def reason(e):
@@ -379,7 +372,7 @@ def alone(f, key):
         try:
             return pool.submit(attempt, f, key).result()
         except BrokenProcessPool:
-            return "its reader crashed, or ran out of memory", None
+            return "its reader crashed, or ran out of memory"
 
 
 def folder_recordings(folder):

@@ -19,7 +19,9 @@ import math
 import os
 import pickletools
 import re
+import statistics
 import sys
+import time
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -178,11 +180,11 @@ def accuracy_figures(logits, labels, classes):
     guesses = torch.stack([logits[: t + 1].mean(0).argmax(1) for t in range(T)])  # [T, N]
     steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
     confusion = torch.bincount(labels * C + guesses[-1], minlength=C * C).view(C, C)  # [true, guessed]
-    worst = zip(*(z.tolist() for z in confusion.clone().fill_diagonal_(0).flatten().topk(min(5, C * C))))
+    confused = ([n, a, b] for a, row in zip(classes, confusion.tolist()) for b, n in zip(classes, row) if n and a != b)
     top5 = wilson((logits.mean(0).topk(min(5, C)).indices == labels[:, None]).sum().item(), N)[0]
     return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, top5=top5 if C > 10 else None, confusion=confusion.tolist(),
                 by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
-                worst=[[n, classes[i // C], classes[i % C]] for n, i in worst if n])
+                worst=sorted(confused, reverse=True)[:5])
 
 
 def alignment_uniformity(a, b, z):
@@ -237,9 +239,6 @@ def spike_figures(net, run, n, T):
 
 def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
-    from torch.utils.benchmark import Timer  # here, for it warns where CUDA is installed but no GPU: errors have one line
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.set_device(torch.device(args.device).index or 0)  # the timer waits for the current one
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
     splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken)
     train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
@@ -260,7 +259,11 @@ def figures(path, ckpt, args):
     x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
 
     def seconds(x):
-        return Timer("net(x)", globals=dict(net=net, x=x), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.2).median
+        ends = []
+        for _ in range(11):  # the first warms up
+            net(x).cpu()  # waits for a GPU
+            ends.append(time.perf_counter())
+        return statistics.median(b - a for a, b in zip(ends, ends[1:]))
     with torch.no_grad(), autocast(args.device):
         batch, one = seconds(x), seconds(x[:, :1].contiguous())
     f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
@@ -305,24 +308,25 @@ def table(runs):
 
     A group is called by the settings that are not the same in all runs. Of an encoder given by --init those of its pre-training count.
     """
-    aside, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), defaultdict(dict)
-    recipes = [{k: str(v) for k, v in (f["args"] | dict(kind=f["kind"], dataset=f["dataset"])).items() if k not in aside} for f in runs]
-    for i, (f, recipe) in enumerate(zip(runs, recipes)):
-        by_recipe[tuple(recipe.items())][f["args"]["seed"]] = i
-    titles = {}  # of a group: its rows
+    aside, groups, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), [], defaultdict(dict)
+    for f in runs:
+        settings = f["args"] | dict(kind=f["kind"], dataset=f["dataset"])
+        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in aside)
+        by_recipe[recipe][f["args"]["seed"]] = f  # of a seed, the last
+    common = set.intersection(*map(set, by_recipe))
+    rows = [("", [f"{k}, {unit}".strip(", ") for k, unit in UNITS.items()])]
+    rows += [(f["path"], [f"{f[k]:.2f}" if k in f else "-" for k in UNITS]) for f in runs]
     for recipe, of_seed in by_recipe.items():
-        if len(of_seed) > 1:
-            differs = [f"{k} {v}" for k, v in recipe if len({r.get(k) for r in recipes}) > 1]
-            titles[", ".join([*differs, f"{len(of_seed)} seeds"])] = list(of_seed.values())
-    width, groups = max(map(len, [f["path"] for f in runs] + list(titles))), []
-    numbers = torch.tensor([[f.get(k, math.nan) for k in UNITS] for f in runs], dtype=torch.float64)  # [runs, columns]
-    print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
-    for f, row in zip(runs, numbers.tolist()):
-        print(f["path"].ljust(width), *(f"{v:15.2f}".replace("nan", "  -") for v in row))
-    for title, rows in titles.items():
-        mean, std = numbers[rows].mean(0).tolist(), numbers[rows].std(0).tolist()
-        print(title.ljust(width), *(f"{m:.2f} ± {s:.2f}".replace("nan ± nan", "-").rjust(15) for m, s in zip(mean, std)))
-        groups.append(dict(title=title, paths=[runs[i]["path"] for i in rows]) | {k: [m, s] for k, m, s in zip(UNITS, mean, std) if m == m})
+        same = list(of_seed.values())
+        if len(same) > 1:
+            title = ", ".join([*(f"{k} {v}" for k, v in recipe if (k, v) not in common), f"{len(same)} seeds"])
+            values = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
+            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in values.items()}
+            rows.append((title, ["{:.2f} ± {:.2f}".format(*spread[k]) if k in spread else "-" for k in UNITS]))
+            groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
+    width = max(len(name) for name, _ in rows)
+    for name, cells in rows:
+        print(name.ljust(width), *(cell.rjust(15) for cell in cells))
     return groups
 
 

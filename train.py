@@ -37,7 +37,7 @@ from moco import MoCo
 
 def parse(argv):
     """Flags; their defaults are the row of data.DATASETS that --dataset picks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False)
     parser.error = data.fail
 
     def number(kind, low, high):
@@ -79,11 +79,8 @@ def parse(argv):
     group("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped")
     group("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.error = parser.error
-    early.add_argument("--dataset", default="toy")
-    row = data.recipe(early.parse_known_args(argv)[0].dataset)
-    parser.set_defaults(**row)
+    parser.set_defaults(**data.recipe(parser.parse_known_args(argv)[0].dataset))
+    group("-h", "--help", action="help", help="show this and end")  # only now, for it shows the defaults
     args = data.parse(parser, argv)
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
@@ -203,7 +200,7 @@ class Run:
     def write_log(self):
         if processes()[0] == 0:
             with data.whole(self.out / "log.csv") as f:
-                f.write(data.table([ROW, *(row.values() for row in self.log)], ","))
+                f.write("".join(",".join(map(str, row)) + "\n" for row in (ROW, *map(dict.values, self.log))).encode())
 
 
 def optimizer_of(model, lr, weight_decay, steps):
@@ -272,7 +269,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             if world > 1:
                 dist.all_reduce(seen)
             seen = seen.cpu()  # the only wait for the device in an epoch
-            check_finite(run, phase, epoch, seen[:, 0], model, optimizer, schedule)
+            check_finite(run, phase, epoch, seen[:, 0], model, schedule)
             loss, accuracy = seen.mean(0).tolist()
             knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
             row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{rate:.2e}",
@@ -284,17 +281,19 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
 
 
-def check_finite(run, phase, epoch, losses, model, optimizer, schedule):
+def check_finite(run, phase, epoch, losses, model, schedule):
     """Stop before an epoch with a loss, or weights at its end, that are not finite takes the place of the last good state."""
-    steps = len(losses)
-    if losses.isfinite().all() and torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
+    broken = (~losses.isfinite()).nonzero().flatten().tolist()  # steps
+    if not broken and torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
         return
-    i = next((i for i in range(steps) if not losses[i].isfinite()), steps - 1)
-    lr, flag = schedule.base_lrs[0] * schedule.lr_lambdas[0](epoch * steps + i), "--lr" if phase == "finetune" else "--pretrain-lr"
+    i = broken[0] if broken else len(losses) - 1
+    peak, flag, also = schedule.base_lrs[0], "--lr", ""
+    if phase == "pretrain":
+        flag, also = "--pretrain-lr", " or a higher --temperature"
     kept = f"{run.out / 'state.pt'} keeps the epoch before" if run.log else "no epoch was whole"
     raise data.UserError(
         f"{phase}: the loss or the weights are no longer finite (loss {losses[i]:g}) at step {i + 1} of epoch {epoch + 1}, "
-        f"learning rate {lr:.2e}: start anew with {flag} {schedule.base_lrs[0] / 3:.1g}{'' if phase == 'finetune' else ' or a higher --temperature'}; {kept}")
+        f"learning rate {peak * schedule.lr_lambdas[0](epoch * len(losses) + i):.2e}: start anew with {flag} {peak / 3:.1g}{also}; {kept}")
 
 
 def engine(model, args):
