@@ -20,7 +20,7 @@ import signal
 import sys
 import tarfile
 import zipfile
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -204,7 +204,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
 def recipe(name):
     """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
     if name not in DATASETS and not Path(name).expanduser().is_dir():
-        raise UserError(f"--dataset {name}: neither a folder that exists nor one of {', '.join(DATASETS)}{nearest(str(name), DATASETS)}")
+        raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder, seen from {os.getcwd()}"
+                        f"{nearest(str(name), DATASETS)}")
     return DATASETS.get(name, FOLDER)
 
 
@@ -302,7 +303,7 @@ def check_events(events):
     hundredth of the recording means that a clock was reset or bytes are wrong. (All of 800 N-MNIST recordings are in order.)
     """
     if events.ndim != 1 or not {"x", "y", "t", "p"} <= set(events.dtype.names or ()):
-        raise ValueError("expected a structured array with fields x, y, t, p")
+        raise ValueError(f"expected a structured array with fields x, y, t, p, found {events.dtype} of {events.ndim} dimensions")
     x, y, t, p = fields = [events[field] for field in "xytp"]
     if not len(events):
         raise ValueError("holds no event")
@@ -311,7 +312,7 @@ def check_events(events):
     if any(v.min() < 0 or v.max() >= 4096 or (np.trunc(v) != v).any() for v in (x, y)):
         raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()} are not the pixels of an event camera")
     if ((p != 0) & (p != 1)).any():
-        raise ValueError(f"polarity must be 0 (off) or 1 (on), not {p.min()} to {p.max()}")
+        raise ValueError(f"polarity must be 0 (off) or 1 (on), not {p.min()} to {p.max()}: store p > 0")
     t = t.astype(np.float64)
     back, duration = (np.maximum.accumulate(t) - t).max(), t.max() - t.min()
     if back > 0.01 * duration:
@@ -327,7 +328,7 @@ def parallel(f, keys, title, broken):
     """
     pool, size = workers(), 16 * os.cpu_count()
     try:
-        with tqdm(desc=title, total=len(keys), unit=" recordings") as bar:
+        with tqdm(desc=title, total=len(keys), unit=" recordings", disable=None) as bar:
             for block in (keys[i : i + size] for i in range(0, len(keys), size)):
                 try:
                     results = list(pool.map(functools.partial(attempt, f), block, chunksize=4))
@@ -377,19 +378,29 @@ def alone(f, key):
 
 def folder_recordings(folder):
     """FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>; files of other kinds are passed over."""
+    others = Counter()
+
     def inside(path):
-        return [(f.parent.name, str(f)) for f in path.glob("*/*") if f.suffix in READERS]
+        files = list(path.glob("*/*"))
+        others.update(f.suffix or f.name for f in files if f.suffix not in READERS)
+        return [(f.parent.name, str(f)) for f in files if f.suffix in READERS]
 
     parts = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
     if {"train", "test"} <= set(parts):
         recordings = [(split, *r) for split in ("train", "test") for r in inside(parts[split])]
     else:
         recordings = split_by_class(inside(folder))
-    for split in ("train", "test"):
-        if not any(r[0] == split for r in recordings):
+    passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
+    classes = {split: {cls for part, cls, _ in recordings if part == split} for split in ("train", "test")}
+    for split, found in classes.items():
+        if not found:
             raise UserError(f"{folder}: no recordings to {split} on: expected <class>/<recording> or Train|Test/<class>/<recording>, "
-                            f"each a {', '.join(READERS)} file, and at least two in a class")
-    return recordings, sorted({cls for _, cls, _ in recordings}, key=natural), read_file, None
+                            f"each a {', '.join(READERS)} file, and at least two in a class; of other kinds: {passed or 'none'}")
+    if others:
+        print(f"{folder}: passed over {passed}")
+    if odd := sorted(classes["train"] ^ classes["test"], key=natural):
+        print(f"warning: {folder}: not both to train and to test on: class {', '.join(odd)}")
+    return recordings, sorted(set.union(*classes.values()), key=natural), read_file, None
 
 
 def read_file(path):

@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,9 @@ BLUE, RED, *_ = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
 
 
 def autocast(device):
-    """bf16 on a GPU, where float16 would overflow in spiking nets; float32 on a CPU, where bf16 is mostly slower."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda")
+    """bf16 on a GPU, where float16 would overflow in spiking nets; float32 where bf16 is slower: on GPUs before Ampere and on CPUs."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @torch.no_grad()
@@ -201,10 +202,14 @@ def spike_figures(net, run, n, T):
     Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
     spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
     """
-    sums, rasters = defaultdict(lambda: dict(macs=0, operations=0, spikes=0, real=False)), {}
+    sums, rasters, calls = defaultdict(lambda: dict(macs=0, operations=0, spikes=0, real=False)), {}, Counter()
 
     def see(name, module, inputs, out):
-        if isinstance(module, neuron.LIF):
+        lif = isinstance(module, neuron.LIF)
+        calls[name, lif] += 1
+        if calls[name, lif] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
+            name = f"{name} ({calls[name, lif]})"
+        if lif:
             if name not in rasters:
                 some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
                 rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
@@ -222,6 +227,7 @@ def spike_figures(net, run, n, T):
         return dict(rate=100 * spikes.mean().item() / (n * T), silent=100 * (spikes == 0).float().mean().item())
 
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(net.register_forward_pre_hook(lambda *_: calls.clear()))
         for name, m in net.named_modules():
             layer = functools.partial(see, name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif"))
             if isinstance(m, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
@@ -243,7 +249,7 @@ def figures(path, ckpt, args):
     splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken)
     train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
     net, n = restore(ckpt, args.device), len(test.labels)
-    encoder = getattr(net, "encoder", net)
+    encoder = net.encoder if ckpt["kind"] == "finetuned" else net
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
     out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
@@ -314,15 +320,19 @@ def table(runs):
         recipe = tuple((k, str(v)) for k, v in settings.items() if k not in aside)
         by_recipe[recipe][f["args"]["seed"]] = f  # of a seed, the last
     common = set.intersection(*map(set, by_recipe))
+
+    def cell(k, values):
+        return " ± ".join(f"{v:.{2 if UNITS[k] else 3}f}" for v in values) or "-"
+
     rows = [("", [f"{k}, {unit}".strip(", ") for k, unit in UNITS.items()])]
-    rows += [(f["path"], [f"{f[k]:.2f}" if k in f else "-" for k in UNITS]) for f in runs]
+    rows += [(f["path"], [cell(k, [f[k]] if k in f else []) for k in UNITS]) for f in runs]
     for recipe, of_seed in by_recipe.items():
         same = list(of_seed.values())
         if len(same) > 1:
             title = ", ".join([*(f"{k} {v}" for k, v in recipe if (k, v) not in common), f"{len(same)} seeds"])
             values = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
             spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in values.items()}
-            rows.append((title, ["{:.2f} ± {:.2f}".format(*spread[k]) if k in spread else "-" for k in UNITS]))
+            rows.append((title, [cell(k, spread.get(k, [])) for k in UNITS]))
             groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
     width = max(len(name) for name, _ in rows)
     for name, cells in rows:
@@ -363,7 +373,7 @@ def draw(f, show, folder):
 def draw_spikes(f, show, page):
     """The frames of a recording and two views of it; the spikes of a recording, and what every layer does."""
     from matplotlib.patches import Patch
-    T, layers = f["args"]["n_frames"], [x for x in f["layers"] if "rate" in x]
+    T, layers = f["args"]["n_frames"], f["layers"]
     steps = torch.linspace(0, T - 1, min(T, 8)).round().int().tolist()
     figure, grid = page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps))
     for t, column in zip(steps, grid.T):
@@ -374,30 +384,30 @@ def draw_spikes(f, show, page):
             ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
     key = [Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")]
     figure.legend(handles=key, ncols=2, loc="outside lower center", frameon=False)
-    if not layers:
+    if not show["rasters"]:
         return
-    _, [[raster, *bars]] = page("spikes", 9, 1 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
+    _, [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
     for i, x in enumerate(layers):
-        t, k = show["rasters"][x["layer"]].nonzero().T.numpy()
+        t, k = show["rasters"].get(x["layer"], torch.zeros(0, 2)).nonzero().T.numpy()  # none of what is no LIF
         raster.hlines(i + (k - 7.5) / 19, t + 0.6, t + 1.4, color="black", lw=1.5)
         raster.axhline(i + 0.5, color="lightgrey", lw=0.8)
-    raster.set(xlabel="time step", ylabel="16 neurons of each layer", yticks=range(len(layers)), yticklabels=[x["layer"] for x in layers],
+    raster.set(title="16 neurons of each layer", xlabel="time step", yticks=range(len(layers)), yticklabels=[x["layer"] for x in layers],
                xlim=(0.5, T + 0.5), ylim=(len(layers) - 0.5, -0.5), xticks=range(1, T + 1, 1 + T // 9))
     for ax, key, label in zip(bars, ("rate", "silent", "energy"), ("firing rate, %", "silent neurons, %", "energy, µJ")):
-        ax.barh(range(len(layers)), [x[key] for x in layers], 0.7, color=BLUE)
+        ax.barh(range(len(layers)), [x.get(key, 0) for x in layers], 0.7, color=BLUE)
         ax.set_xlabel(label)
 
 
 def draw_classes(f, show, page):
     """Accuracy by time step and the confusion matrix, of a classifier; a map of the features by principal components."""
-    names, T, small = show["names"], f["args"]["n_frames"], min(9, 250 / len(show["names"]))
+    names, T = show["names"], f["args"]["n_frames"]
+    small, side = (9, 4.4) if len(names) <= 20 else (6, 4.4 + 0.11 * len(names))  # points; inches
     if "accuracy" in f:
-        figure, [[steps, matrix]] = page("accuracy", 9, 4.4, 1, 2, width_ratios=[2, 3])
+        figure, [[steps, matrix]] = page("accuracy", 4.6 + side, side, 1, 2, width_ratios=[3.6, 1 + side])
         share, low, high = zip(*f["steps"])
-        steps.fill_between(range(1, T + 1), low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+        steps.fill_between(range(1, T + 1), low, high, color=BLUE, alpha=0.2, lw=0)
         steps.plot(range(1, T + 1), share, "o-", color=BLUE)
-        steps.set(xlabel="time steps seen", ylabel="test accuracy, %", xticks=range(1, T + 1, 1 + T // 9))
-        steps.legend(frameon=False, loc="lower right")
+        steps.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=range(1, T + 1, 1 + T // 9))
         counts = torch.tensor(f["confusion"])
         percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
         figure.colorbar(matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100), label="% of the class")
@@ -409,7 +419,7 @@ def draw_classes(f, show, page):
     z = show["features"] - show["features"].mean(0)
     variances, axes = torch.linalg.eigh(z.T @ z)
     points, percent = z @ axes[:, [-1, -2]], 100 * variances / variances.sum()  # [N, 2]
-    _, [[ax]] = page("map", 7, 5)
+    _, [[ax]] = page("map", 1.6 * min(side, 9), 1.2 * min(side, 9))
     for c in show["labels"].unique().tolist():
         x, y = points[show["labels"] == c].T.numpy()
         ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])

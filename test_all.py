@@ -31,6 +31,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import eval as evaluation
@@ -268,10 +270,12 @@ def test_moco_accuracy_counts_queries_that_find_their_key():
     net = moco.MoCo(Mean(), dim=4, queue_size=6, momentum=0.0)
     net(torch.rand(2, 8, 2, 3, 3), torch.rand(2, 8, 2, 3, 3))
     queue = F.normalize(net.queue.mean(1), dim=-1)
-    x, y = torch.rand(2, 8, 2, 3, 3), torch.rand(2, 8, 2, 3, 3)  # not those before: their keys are in the queue, and rounding breaks ties
+    x, y = torch.rand(2, 8, 2, 3, 3), torch.rand(2, 8, 2, 3, 3)
     net(x, y)
     q, k = (F.normalize(f(v).mean(0).detach(), dim=-1) for f, v in ((net.query, x), (net.key, y)))
     assert net.accuracy.item() == pytest.approx(sum(float(a @ b) > float((queue @ a).max()) for a, b in zip(q, k)) / 8)
+    net(x[:, :6], y[:, :6]), net(x[:, :6], y[:, :6])  # their own keys are among the negatives: ties, whatever rounding makes of them
+    assert net.accuracy == 0
 
 
 @pytest.mark.parametrize("arch, size", [("spikformer-1-16", 16), ("sew-resnet-18-4", 64)])
@@ -290,21 +294,54 @@ def test_moco_compiles_as_a_whole_to_the_same_numbers(arch, size):
     torch._dynamo.reset()
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation on the device that holds no values (meta) is given a tensor that was left on the CPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim}  # a GPU takes scalars
+        assert devices != {"cpu", "meta"}, operation
+        return operation(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("arch, size", [("spikformer-2-256", 128), ("sew-resnet-18", 128), ("spikformer-1-64", 16)])
-def test_moco_step_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
-    """On a device that holds no values (meta), a value asked for, by .item() or an if, or a tensor left on the CPU raises."""
+def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
+    """On a device that holds no values, asking for one, by .item() or an if, raises: so does the end of an epoch, and nothing before."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)  # the path of a GPU
-    net = moco.MoCo(models.build(arch, size)).to("meta")
+    args = types.SimpleNamespace(device="meta", batch_size=3, n_frames=4, seed=0, weight_decay=0.06)
+    split = data.Split(torch.empty(6, 4, 2, size, size, dtype=torch.uint8, device="meta"), np.zeros(6, int), ["a", "b"])
+    encoder = models.build(arch, size)
+    net, classifier = moco.MoCo(encoder).to("meta"), models.Classifier(encoder, 2).to("meta")
     net.new_queue(4)
-    x = torch.empty(4, 3, 2, size, size, device="meta")
-    optimizer, schedule = train.optimizer_of(net, 1e-3, 0.06, 100)
-    value = net(data.augment(x), data.augment(x))
-    value.backward()
-    optimizer.step(), schedule.step()
-    assert {t.device.type for t in (value, net.queue, net.accuracy)} == {"meta"} and net.queue.shape == (4096, 4, 128)
-    with pytest.raises(RuntimeError, match="meta"):
-        value.item()
+    done = []
+
+    def pretrain(x, y):
+        done.append(net(data.augment(x), data.augment(x)))
+        return done[-1], net.accuracy
+
+    def finetune(x, y):
+        done.append(F.cross_entropy(classifier(data.augment(x)).mean(0), y))
+        return done[-1], done[-1]
+
+    for model, step in ((net, pretrain), (classifier, finetune)):
+        done.clear()
+        with OneDevice(), pytest.raises(NotImplementedError, match="meta"):
+            train.fit(types.SimpleNamespace(args=args, state=None), "pretrain", model, step, split, 1, 1e-3, None)
+        assert len(done) == 2 and {t.device.type for t in (*done, net.queue, net.accuracy)} == {"meta"}
+
+
+def test_train_decays_weights_alone():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4)).requires_grad_()
+    model[2].weight.requires_grad_(False)
+    optimizer, schedule = train.optimizer_of(model, 0.5, 0.06, steps=40)
+    assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [(0.06, 1), (0.0, 4)]
+    assert optimizer.param_groups[0]["params"][0] is model[0].weight
+    rates = []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step(), schedule.step()
+    cosine = [0.25 + 0.25 * math.cos(math.pi * step / 40) for step in range(40)]
+    assert rates == pytest.approx([0.25, *cosine[1:]])  # two steps of warm-up
 
 
 @pytest.mark.parametrize("wrong", [dict(queue_size=0), dict(momentum=1.5), dict(temperature=0.0)])
@@ -613,6 +650,21 @@ def write_aedat4(path, events, resolution=(128, 128)):
 
 
 WRITERS = {".bin": write_bin, ".npy": write_npy, ".aedat4": write_aedat4}
+
+
+def test_data_folder_says_what_it_leaves_out(tmp_path, capsys):
+    for name in ("Train/a/1.npy", "Train/b/1.npy", "Test/a/1.npy", "Test/c/1.npy"):
+        write_npy(tmp_path / "own" / name, recording(50))
+    for name in ("Train/a/notes.txt", "Test/a/.hidden", "Test/c/1.h5", "Test/c/2.h5"):
+        (tmp_path / "own" / name).touch()
+    data.load(tmp_path / "own", tmp_path / "root", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines[0].partition("passed over ")[2].split(", ")) == ["1 .hidden", "1 .txt", "2 .h5"]
+    assert lines[1] == f"warning: {tmp_path / 'own'}: not both to train and to test on: class b, c" and len(lines) == 2
+    for file in tmp_path.rglob("*.npy"):
+        file.unlink()
+    with pytest.raises(data.UserError, match="of other kinds: .*2 .h5"):
+        data.load(tmp_path / "own", tmp_path / "root", 2)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -1004,13 +1056,13 @@ class Own(torch.nn.Module):
     def __init__(self, spiking):
         super().__init__()
         self.dim = 6
-        self.conv, self.fc = torch.nn.Conv2d(2, 4, 3, 2), torch.nn.Linear(4 * 7 * 7, 6)
+        self.encoder, self.head = torch.nn.Conv2d(2, 4, 3, 2), torch.nn.Linear(4 * 7 * 7, 6)  # names that Classifier uses too
         self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
-        self.neuron1, self.neuron2 = (neuron.LIF(v_threshold=0.05) if spiking else torch.nn.ReLU() for _ in range(2))
+        self.neuron = neuron.LIF(v_threshold=0.05) if spiking else torch.nn.ReLU()  # one serves both, having no state
 
     def forward(self, x):
-        x = self.neuron1(self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
-        return self.neuron2(self.fc(x.flatten(2)))
+        x = self.neuron(self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return self.neuron(self.head(x.flatten(2)))
 
 
 @pytest.mark.parametrize("spiking", [True, False])
@@ -1020,13 +1072,21 @@ def test_train_and_eval_of_a_backbone_of_ones_own(shapes, tmp_path, capsys, monk
     run_tiny(shapes, tmp_path / "a", "--arch", "own", "--image-size", "16")
     lines, _ = evaluate(capsys, tmp_path / "a" / "finetuned.pt", "--json", tmp_path / "f.json", "--pictures", tmp_path)
     f = json.loads((tmp_path / "f.json").read_text())["runs"][0]
-    layers, macs = {layer["layer"]: layer for layer in f["layers"]}, {"conv": 2 * 7 * 7 * 9 * 2 * 4, "fc": 2 * 4 * 7 * 7 * 6, "head": 2 * 6 * 3}
+    layers = {layer["layer"]: layer for layer in f["layers"]}
+    macs = {"encoder": 2 * 7 * 7 * 9 * 2 * 4, "head": 2 * 4 * 7 * 7 * 6, "head (2)": 2 * 6 * 3}
     assert {name: layers[name]["macs"] for name in macs} == macs and f["macs"] == sum(macs.values()) and lines[-1].startswith("test accuracy ")
     # Spikes enter all but the first layer, or nothing is whole but the frames.
-    operations = {"fc": macs["fc"] * layers["neuron1"]["rate"] / 100, "head": macs["head"] * layers["neuron2"]["rate"] / 100} if spiking else {}
+    operations = {"head": macs["head"] * layers["neuron"]["rate"] / 100,
+                  "head (2)": macs["head (2)"] * layers["neuron (2)"]["rate"] / 100} if spiking else {}
     assert {name: layer["operations"] for name, layer in layers.items() if layer["operations"]} == pytest.approx(operations)
-    assert f["energy"] == pytest.approx(4.6e-6 * macs["conv"] + 0.9e-6 * sum(operations.values()) if spiking else f["energy_without_spikes"])
+    assert f["energy"] == pytest.approx(4.6e-6 * macs["encoder"] + 0.9e-6 * sum(operations.values()) if spiking else f["energy_without_spikes"])
     assert (tmp_path / "spikes.png").exists() == spiking == ("rate" in f) and (tmp_path / "curves.png").exists()
+    assert evaluate(capsys, tmp_path / "a" / "pretrained.pt")[0][-1].startswith("frozen features: ")
+    for kind in ("pretrained", "finetuned"):  # --init takes the encoder's weights, all of them and no others
+        ckpt, net = torch.load(tmp_path / "a" / f"{kind}.pt", weights_only=True), Own(spiking)
+        train.load_encoder(net, ckpt, None)
+        prefix = "encoder." if kind == "finetuned" else ""
+        assert all(torch.equal(v, ckpt["weights"][prefix + k]) for k, v in net.state_dict().items())
     monkeypatch.undo()
     with pytest.raises(data.UserError, match="no backbone is called 'own'"):
         evaluation.load_checkpoint(tmp_path / "a" / "finetuned.pt")
@@ -1054,7 +1114,8 @@ def test_eval_table_of_seeds(tiny_runs, tmp_path, capsys):
     assert group["title"] == title and group["paths"] == [str(paths[i]) for i in (0, 2, 3)] and len({f["uniformity"] for f in same}) == 3
     for k in evaluation.UNITS:
         mean, std = statistics.mean(f[k] for f in same), statistics.stdev(f[k] for f in same)
-        assert group[k] == pytest.approx([mean, std]) and f"{mean:.2f} ± {std:.2f}" in lines[-1]
+        digits = 2 if evaluation.UNITS[k] else 3
+        assert group[k] == pytest.approx([mean, std]) and f"{mean:.{digits}f} ± {std:.{digits}f}" in lines[-1]
 
 
 def test_eval_on_other_data(tiny_runs, shapes, tmp_path, capsys):
@@ -1187,7 +1248,9 @@ def test_train_variants(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "a")
     run_tiny(shapes, tmp_path / "scratch", "--pretrain-epochs", "0", "--labels-per-class", "2")
     assert not (tmp_path / "scratch" / "pretrained.pt").exists()
+    capsys.readouterr()
     run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"), "--temperature", "3")
+    assert "warning: --temperature play no part" in capsys.readouterr().out
     was, args = (torch.load(tmp_path / name / "finetuned.pt", weights_only=True)["args"] for name in ("a", "init"))
     assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # says how the encoder was made, not what flags say
     a, b = weights(tmp_path / "a" / "finetuned.pt"), weights(tmp_path / "init" / "finetuned.pt")
@@ -1198,12 +1261,14 @@ def test_train_variants(shapes, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_train_labels_per_class(shapes, tmp_path):
+def test_train_labels_per_class(shapes, tmp_path, capsys):
     split = data.load(shapes, tmp_path, 2)[0]
     few, again, other = (train.labelled(split, 4, seed) for seed in (0, 0, 1))
     assert few.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert np.array_equal(few.frames, again.frames) and not np.array_equal(few.frames, other.frames)
-    assert train.labelled(split, 0, 0) is split and len(train.labelled(split, 1000, 0).labels) == 60
+    assert train.labelled(split, 0, 0) is split and not capsys.readouterr().out
+    assert len(train.labelled(split, 21, 0).labels) == 60
+    assert capsys.readouterr().out == "warning: fewer than 21 recordings to label in class a, b, c\n"
 
 
 def test_train_out_of_memory_is_one_line(shapes, tmp_path, capsys):
@@ -1295,43 +1360,49 @@ def test_train_on_two_processes(shapes, tmp_path):
 
 
 SHARES = """
-import sys, torch, torch.distributed as dist
+import sys, types, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
-import data, models, moco
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
+import data, models, moco, train
+args = types.SimpleNamespace(device="cpu", batch_size={n}, n_frames=2, seed=0, weight_decay=0.0, no_compile=True)
+run = types.SimpleNamespace(args=args, state=None, log=[], out=None, save=lambda *_: None, write_log=lambda: None)
+train.join(args)
+rank, world = train.processes()
 torch.manual_seed(0)
 net = moco.MoCo(models.build("spikformer-1-16", 16), queue_size=5, momentum=0.5)
 net.new_queue(2)
-x, y = torch.rand(2, {n}, 2, 16, 16), torch.rand(2, {n}, 2, 16, 16)
 net.eval()
-call = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-for _ in range(2):
-    loss = call(x[:, rank::world], y[:, rank::world])
-    share = len(x[0, rank::world]) / {n}
-    net.zero_grad()
-    (loss * share * world).backward()
-    total = share * loss.detach()
-    dist.all_reduce(total)
-    with torch.no_grad():
-        for p in net.query.parameters():
-            p -= 0.1 * p.grad
-torch.save(dict(net.state_dict(), loss=total), f"{{sys.argv[1]}}/{{world}}-{{rank}}.pt")
+net.train = lambda: net
+split = data.Split(torch.randint(0, 9, ({n}, 2, 2, 16, 16), dtype=torch.uint8), torch.arange({n}), ["a"])
+forward, seen, drawn = train.engine(net, args), [], []
+def step(x, y):
+    seen.append(y), drawn.append(torch.rand(1))
+    return forward(x, 2 * x), net.accuracy
+def sgd(model, lr, *_):  # AdamW would not tell a gradient from twice itself
+    optimizer = torch.optim.SGD(model.query.parameters(), lr)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+train.optimizer_of = sgd
+train.fit(run, "pretrain", net, step, split, 2, 0.1, lambda _: None)
+losses = torch.tensor([float(row["loss"]) for row in run.log])
+torch.save(dict(net.state_dict(), losses=losses, seen=torch.cat(seen), drawn=torch.cat(drawn)), f"{{sys.argv[1]}}/{{world}}-{{rank}}.pt")
 """
 
 
 @pytest.mark.parametrize("n", [6, 5])
-def test_moco_on_two_processes_is_moco_on_one(tmp_path, n):
-    """In evaluation mode of batch norm: the same loss, weights and queue, on both ranks, for even and uneven shares."""
+def test_train_on_two_processes_is_train_on_one(tmp_path, n):
+    """In evaluation mode of batch norm: the same losses, weights and queue, on both ranks, for even and uneven shares of a batch."""
     script = tmp_path / "shares.py"
     script.write_text(SHARES.format(here=str(HERE), n=n))
     for world in (1, 2):
         run = command(*TORCHRUN, str(world), str(script), str(tmp_path))
         assert run.returncode == 0, run.stderr
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert sorted([*first.pop("seen").tolist(), *second.pop("seen").tolist()]) == sorted(alone.pop("seen").tolist()) == sorted([*range(n)] * 2)
+    assert len({*alone.pop("drawn").tolist(), *first["drawn"].tolist(), *second["drawn"].tolist()}) == 4  # augmentation: a process's own
+    del first["drawn"], second["drawn"]
     for k in alone:
         assert torch.equal(first[k], second[k])
         torch.testing.assert_close(first[k], alone[k], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(alone["losses"][:1], alone["losses"][1:])  # something was learnt
 
 
 # ------------------------------------------------------------------------------------- faults, bad input, hostile files

@@ -23,6 +23,7 @@ from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ def parse(argv):
     group("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
     group = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
     group("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
-    group("--batch-size", type=number(int, 1, 10**6), help="recordings a step")
+    group("--batch-size", type=number(int, 1, 10**6), help="recordings a step, at most")
     group = parser.add_argument_group("run").add_argument
     group("--out", help="the run's folder; if not given: runs/<dataset>, with a number if that exists")
     group("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
@@ -95,7 +96,8 @@ def parse(argv):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def keep_memory():
@@ -231,7 +233,7 @@ def batch_sizes(split, args):
 def fit(run, phase, model, step, split, epochs, lr, watch):
     """Minimise step(x, y) -> (loss, accuracy) over `epochs` epochs of `split`; a row of log.csv and a state.pt after each.
 
-    watch(steps done) gives a kNN accuracy for the log, or None, at least ten times a phase.
+    watch(steps done) gives a kNN accuracy for the log, or None, some ten times a phase.
     Goes on from run.state if that is of this phase.
     """
     args, start, (rank, world) = run.args, 0, processes()
@@ -247,7 +249,8 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
                 raise ValueError
         except Exception:
             raise data.UserError(f"--resume: {run.out / 'state.pt'} is not of this network: take another --out")
-    with tqdm(total=epochs * steps, initial=start * steps, desc=phase, unit=" steps", mininterval=0.5, disable=rank > 0) as bar:
+    with tqdm(total=epochs * steps, initial=start * steps, desc=phase, mininterval=0.5, disable=True if rank else None,
+              bar_format="{desc} {percentage:.0f} %, {elapsed}, {remaining} left") as bar:  # None: on a terminal alone
         for epoch in range(start, epochs):
             seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
             order = torch.Generator().manual_seed(seed)
@@ -268,13 +271,13 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
                 bar.update()
             if world > 1:
                 dist.all_reduce(seen)
-            seen = seen.cpu()  # the only wait for the device in an epoch
+            seen = seen.cpu()  # the only wait for the device in an epoch (SyncBatchNorm, for several GPUs, has its own)
             check_finite(run, phase, epoch, seen[:, 0], model, schedule)
             loss, accuracy = seen.mean(0).tolist()
             knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
             row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{rate:.2e}",
                        knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
-            bar.set_postfix({k: v for k, v in row.items() if v and k not in ("phase", "seconds")})
+            bar.write(f"{phase} {epoch + 1}/{epochs}: " + ", ".join(f"{k} {v}" for k, v in list(row.items())[2:] if v))
             run.log.append(row)
             run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
                                       optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
@@ -316,7 +319,7 @@ def engine(model, args):
 
 
 def thousand(split):
-    """A thousand recordings, or a few more, from all over the split."""
+    """One to two thousand recordings from all over the split, or all of a smaller one."""
     every = max(1, len(split.labels) // 1000)
     return data.Split(split.frames[::every], split.labels[::every], split.classes)
 
@@ -366,7 +369,7 @@ def pretrain(run, train, encoder):
     print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
     if args.queue_size >= len(train.labels):
         print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: their own keys return as negatives; "
-              "a smaller --queue-size may do better")
+              f"--queue-size {len(train.labels) // 4 + 1} may do better")
     fit(run, "pretrain", moco, step, train, args.pretrain_epochs, args.pretrain_lr, watch)
     run.save("pretrained.pt", dict(kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
@@ -394,6 +397,8 @@ def labelled(train, per_class, seed):
     """The split that fine-tuning sees: per_class recordings of each class, drawn by seed, or all of them if 0."""
     if not per_class:
         return train
+    if few := [c for c, n in zip(train.classes, np.bincount(train.labels, minlength=len(train.classes))) if n < per_class]:
+        print(f"warning: fewer than {per_class} recordings to label in class {', '.join(few)}")
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)).numpy()
     chosen = [i for c in range(len(train.classes)) for i in order[train.labels[order] == c][:per_class]]
     return data.Split(train.frames[chosen], train.labels[chosen], train.classes)
@@ -403,7 +408,9 @@ def train_and_test(args):
     """A whole run: frames, pre-training (unless --init or --pretrain-epochs 0), fine-tuning, one look at the test recordings."""
     init = load_checkpoint(args.init) if args.init else None
     if init:  # what is kept of a run says how its encoder was made
-        vars(args).update({k: init["args"][k] for k in (*PRETRAINING, "pretrained_on")})
+        was, row = init["args"], data.recipe(args.dataset)
+        idle = [f"--{k.replace('_', '-')}" for k in PRETRAINING if vars(args)[k] not in (was[k], row[k])]
+        vars(args).update({k: was[k] for k in (*PRETRAINING, "pretrained_on")})
     keep_memory()
     join(args)
     run = Run(args)
@@ -422,7 +429,11 @@ def train_and_test(args):
     few = labelled(train, args.labels_per_class, args.seed)
     batch_sizes(train, args), batch_sizes(few, args)  # complain before the hours of pre-training
     print(textwrap.fill(", ".join(f"{k} {v}" for k, v in vars(args).items()), 120, break_long_words=False, break_on_hyphens=False))
+    if init and idle:
+        print(f"warning: {', '.join(idle)} play no part: the encoder of --init was pre-trained with the values above")
     print(f"{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
+    if neuron.COMPILE_AFTER:
+        print("the first steps compile the LIF layers: half a minute, later seconds (--no-compile: never)")
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
     if init:
@@ -430,6 +441,7 @@ def train_and_test(args):
     elif args.pretrain_epochs and not (run.state and run.state["phase"] == "finetune"):
         pretrain(run, train, encoder)
     model = finetune(run, few, encoder)
+    print(f"all about it: python eval.py --ckpt {run.out / 'finetuned.pt'}")
     print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -437,7 +449,9 @@ def train_and_test(args):
 
 def load_encoder(encoder, ckpt, args):
     """Copy a checkpoint's encoder, with or without a classifier on it, into `encoder`. T may differ: no weight depends on it."""
-    weights = {k.removeprefix("encoder."): v for k, v in ckpt["weights"].items() if not k.startswith("head.")}
+    weights = ckpt["weights"]
+    if ckpt["kind"] == "finetuned":
+        weights = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
     try:
         encoder.load_state_dict(weights)
     except RuntimeError:
@@ -447,6 +461,7 @@ def load_encoder(encoder, ckpt, args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)  # lines reach a file, too, as they are printed
     with data.answers("lower --batch-size, --n-frames or --image-size, or take a smaller --arch",
                       ": the same command with --resume goes on after the last whole epoch, if there is one"):
         train_and_test(parse(argv))
