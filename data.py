@@ -204,7 +204,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
 def recipe(name):
     """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
     if name not in DATASETS and not Path(name).expanduser().is_dir():
-        raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder, seen from {os.getcwd()}"
+        raise UserError(f"--dataset {name}: neither a folder, seen from {os.getcwd()}, nor one of {', '.join(DATASETS)}"
                         f"{nearest(str(name), DATASETS)}")
     return DATASETS.get(name, FOLDER)
 
