@@ -1259,6 +1259,10 @@ def test_train_variants(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "mac", "--alpha", "0", "--beta", "1", "--momentum", "1", "--queue-size", "500")
     run_tiny(shapes, tmp_path / "sew", "--arch", "sew-resnet-18-4", "--batch-size", "7")
     capsys.readouterr()
+    run_tiny(shapes, tmp_path / "unlabelled", "--epochs", "0")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(tmp_path / "unlabelled" / "pretrained.pt"))
+    a, b = weights(tmp_path / "a" / "pretrained.pt"), weights(tmp_path / "unlabelled" / "pretrained.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "unlabelled" / "finetuned.pt").exists()
 
 
 def test_train_labels_per_class(shapes, tmp_path, capsys):
@@ -1422,7 +1426,7 @@ def answer(capsys, *argv, main=train.main):
 
 @pytest.mark.parametrize("flags, says", [
     ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--momentum -0.1", "--momentum"), ("--temperature 0", "--temperature"),
-    ("--weight-decay nan", "--weight-decay"), ("--alpha -1", "--alpha"), ("--alpha 0 --beta 0", "--beta 0"), ("--n-frames 0", "--n-frames"),
+    ("--weight-decay nan", "--weight-decay"), ("--alpha -1", "--alpha"), ("--alpha 0 --beta 0", "--beta 0"), ("--epochs 0 --pretrain-epochs 0", "--epochs 0"), ("--n-frames 0", "--n-frames"),
     ("--epochs -1", "--epochs"), ("--queue-size 0", "--queue-size"), ("--image-size 4", "--image-size"), ("--batch-size 0", "--batch-size"),
     ("--batch-size 61", "60 recordings"), ("--labels-per-class -1", "--labels-per-class"), ("--device meta", "--device meta"),
     ("--device cuda:99", "--device cuda:99"), ("--dataset nminst", "did you mean nmnist?"), ("--arch spikfromer-2-256", "did you mean spikformer-2-256?"),

@@ -68,7 +68,7 @@ def parse(argv):
     group("--pretrain-lr", type=number(float, 1e-9, 1e3), help="peak learning rate of pre-training")
     group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint, whose pre-training flags are taken over")
     group = parser.add_argument_group("fine-tuning").add_argument
-    group("--epochs", type=number(int, 1, 10**5), help="passes over the labelled recordings")
+    group("--epochs", type=number(int, 0, 10**5), help="passes over the labelled recordings; 0: pre-train only, labels play no part")
     group("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
     group = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
     group("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
@@ -85,6 +85,8 @@ def parse(argv):
     args = data.parse(parser, argv)
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
+    if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
+        parser.error("--epochs 0: leaves nothing to do without pre-training: raise one of the two")
     args.pretrained_on = args.dataset
     data.check_device(args.device)
     try:
@@ -278,6 +280,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{rate:.2e}",
                        knn="" if knn is None else f"{knn:.4f}", seconds=f"{time.time() - began:.1f}")
             bar.write(f"{phase} {epoch + 1}/{epochs}: " + ", ".join(f"{k} {v}" for k, v in list(row.items())[2:] if v))
+            sys.stdout.flush()  # a file shows it, too, before the end
             run.log.append(row)
             run.save("state.pt", dict(phase=phase, epoch=epoch + 1, log=run.log, model=model.state_dict(),
                                       optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
@@ -440,9 +443,10 @@ def train_and_test(args):
         load_encoder(encoder, init, args)
     elif args.pretrain_epochs and not (run.state and run.state["phase"] == "finetune"):
         pretrain(run, train, encoder)
-    model = finetune(run, few, encoder)
-    print(f"all about it: python eval.py --ckpt {run.out / 'finetuned.pt'}")
-    print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
+    model = finetune(run, few, encoder) if args.epochs else None
+    print(f"all about it: python eval.py --ckpt {run.out / ('finetuned.pt' if model else 'pretrained.pt')}")
+    if model:
+        print(accuracy_line(over_split(model, test, args.batch_size, args.device), test.labels))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -461,7 +465,6 @@ def load_encoder(encoder, ckpt, args):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(line_buffering=True)  # lines reach a file, too, as they are printed
     with data.answers("lower --batch-size, --n-frames or --image-size, or take a smaller --arch",
                       ": the same command with --resume goes on after the last whole epoch, if there is one"):
         train_and_test(parse(argv))
