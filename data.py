@@ -58,6 +58,9 @@ Split = namedtuple("Split", "frames labels classes")  # uint8 [N, T, 2, size, si
 FORMAT = 2  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
 
 
+# Down to lock: errors, whole files and locks, for train.py and eval.py as well. On a first reading, go on at to_frames.
+
+
 class UserError(Exception):
     """A mistake the user can mend; its one line says what is wrong, where, and what to do."""
 
@@ -164,10 +167,12 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
     made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in numerical
     order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out recordings that
-    their reader or check_events refuses, and the others where they are. Raises UserError.
+    their reader or check_events refuses; the others stay in the split they are in. Raises UserError.
     """
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
+    # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or "toy:...";
+    # sensor: (W, H), None if it is still to be read from the events
     if name == "toy":
         recordings, classes, read, sensor = toy_recordings()
     elif name in TONIC:
@@ -177,7 +182,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
-    mark = hashlib.sha256(repr((FORMAT, recordings, stamps, n_frames, size, skip_broken)).encode(errors="surrogateescape")).hexdigest()[:12]
+    made_from = repr((FORMAT, recordings, stamps, n_frames, size, skip_broken))
+    mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # paths may hold bytes that are no UTF-8
     path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
     if not path.exists():
         with lock(path.parent, wait=True):
@@ -233,8 +239,11 @@ def split_by_class(recordings):
     by_class = defaultdict(list)
     for cls, key in sorted(recordings, key=lambda r: natural(r[1])):
         by_class[cls].append(key)
-    first = {cls: len(keys) - max(len(keys) // 10, int(len(keys) > 1)) for cls, keys in by_class.items()}  # of the test's
-    return [("test" if i >= first[cls] else "train", cls, key) for cls, keys in by_class.items() for i, key in enumerate(keys)]
+    split = []
+    for cls, keys in by_class.items():
+        n_test = max(len(keys) // 10, int(len(keys) > 1))
+        split += [("train" if i < len(keys) - n_test else "test", cls, key) for i, key in enumerate(keys)]
+    return split
 
 
 def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
@@ -419,8 +428,12 @@ def read_bin(path):
 
 
 def read_aedat4(path):
-    """The file's first stream of events, as tonic.io.read_aedat4 does, but only of a file that is whole: packet sizes are followed
-    to the table at its end first, for the decoder takes a lost packet for the end, and memory for any size that it is told."""
+    """The file's first stream of events, as tonic.io.read_aedat4 reads it; ValueError if the file is truncated or damaged.
+
+    The decoder cannot be trusted with that: it takes a lost packet for the end of the file, and allocates any size that a packet
+    claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the file ends.
+    Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes of stream, 4 of size.
+    """
     import aedat
     raw = Path(path).read_bytes()
 
@@ -543,8 +556,9 @@ def toy_events(key, steps=32, threshold=0.25):
     """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
 
     Size, position, pose and turning are drawn anew for each recording, of any class alike: what the views of pre-training vary too.
-    (Where they do not, as with contrast, what differs between recordings of a class tells them apart, and contrast learns that.)
-    key: "toy:<seed>:<number>", the class is number % 10. Returns a structured array (x, y in pixels, t in us, p).
+    (If they differed in brightness too, which no view varies, that would tell recordings apart, and pre-training would learn it.)
+    key: "toy:<seed>:<number>", the class is number % 10; steps: of 1 ms each; threshold: in units of the logarithm.
+    Returns a structured array (x, y in pixels, t in us, p).
     """
     _, seed, i = key.split(":")
     rng = np.random.default_rng([int(seed), int(i)])
@@ -554,12 +568,12 @@ def toy_events(key, steps=32, threshold=0.25):
     radius, middle = rng.uniform(9, 12.5), (TOY_SENSOR - 1) / 2 + rng.uniform(-3, 3, 2)  # pixels
     y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
     dx, dy = x - middle[0] - 2 * np.cos(2 * np.pi * time), y - middle[1] - 2 * np.sin(2 * np.pi * time)
-    degree = ((np.arctan2(dy, dx) - pose) * 360 / np.pi).astype(int) % 720  # half degrees
-    edge = radius * outline[degree] - np.hypot(dx, dy)  # pixels inside the outline
-    brightness = 1 / (1 + np.exp(-1.5 * edge))  # log of it, [steps + 1, H, W]
-    level, events = brightness[0].copy(), []
+    half_degrees = ((np.arctan2(dy, dx) - pose) * 360 / np.pi).astype(int) % 720
+    edge = radius * outline[half_degrees] - np.hypot(dx, dy)  # pixels inside the outline
+    log_brightness = 1 / (1 + np.exp(-1.5 * edge))  # [steps + 1, H, W]
+    level, events = log_brightness[0].copy(), []  # level: that of each pixel's last event
     for step in range(steps):
-        count = np.trunc((brightness[step + 1] - level) / threshold).astype(int)
+        count = np.trunc((log_brightness[step + 1] - level) / threshold).astype(int)  # [H, W], below 0: off
         level += count * threshold
         count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
         ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
@@ -612,7 +626,8 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
     x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
     flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to
     1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength, pixels as of a width of 128.
-    All are one look-up: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
+    An image meets flip, shear, rotation with crop, hole and roll, in this order. All are one look-up, so they stand below inverted
+    and last first: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
     """
     T, B, C, H, W = x.shape
     unit = W / 128
@@ -620,13 +635,13 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
     def draw(*size):  # uniform in [-1, 1)
         return torch.rand(*size, device=x.device) * 2 - 1
 
-    chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations
-    roll, rotate, cut, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
-    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
+    chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations  # [B, 4], `operations` of them true
+    roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
+    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")  # [H, W], row and column
     shift = (draw(2, B, 1, 1) * roll * (1 + 2 * strength) * unit).round()
     u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
-    hole, reach = draw(2, B, 1, 1), cut * 4 * strength * unit  # its middle, half its side
-    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach
+    hole, reach = draw(2, B, 1, 1), cutout * 4 * strength * unit  # its middle, half its side
+    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach  # [B, H, W], false in the hole
 
     side = (1 - torch.rand(B, 1, 1, device=x.device) * (1 - min_scale)).sqrt()
     angle, slant = draw(B, 1, 1) * rotate * math.radians(15 * strength), draw(B, 1, 1) * shear * 0.15 * strength
@@ -634,7 +649,7 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
     cos, sin, away = angle.cos() * side, angle.sin() * side, draw(2, B, 1, 1) * (1 - side)
     u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
     u = mirror * (u + slant * v)
-    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()
+    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()  # from the corner again: the input pixel
     seen &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
     index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
     view = x.flatten(3).gather(3, index[None, :, None].expand(T, B, C, -1)).view(x.shape)  # [T, B, 2, H, W]

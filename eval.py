@@ -5,9 +5,10 @@
     python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER   # transfer: kNN and linear probe on other data
 
 A prediction after t steps is the mean of the logits over steps 1 to t. Features are those of the frozen encoder, averaged over time;
-kNN and probe learn from all training labels. Theoretical energy: 4.6 pJ a multiply-accumulate (MAC), 0.9 pJ a synaptic operation, an
-accumulate. A layer has MACs x mean of its input of them: the firing rate, where the sum of two spikes counts twice; in the product
-q (k^T v) a spike of k adds a row of v, and a spike of q a row of k^T v. Guarded by `python -m pytest test_all.py -k eval`.
+kNN and probe learn from all training labels. Theoretical energy: 4.6 pJ a multiply-accumulate (MAC; not the loss term of that name),
+0.9 pJ a synaptic operation, which is an accumulate. Operations of a layer = its MACs x the mean of its input, that is the firing rate,
+where the sum of two spikes counts twice. In q (k^T v) a spike of k adds a row of v, and a spike of q a row of k^T v.
+Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
 import contextlib
@@ -52,8 +53,10 @@ def autocast(device):
 
 @torch.no_grad()
 def over_split(model, split, batch_size, device, each_step=False, view=lambda x: x):
-    """The outputs [T, B, D] of a model, which is left in evaluation mode, over (views of) a split, on the CPU: their mean over time,
-    float [N, D]; each_step: all of them, [T, N, D]."""
+    """What `model` gives for all N recordings of a split, on the CPU: the mean over time, float [N, D]; with each_step [T, N, D].
+
+    model: [T, B, 2, H, W] -> [T, B, D], left in evaluation mode; view: applied to every batch first, as data.augment.
+    """
     model.eval()
     with autocast(device):
         steps = (model(view(x)).float() for x, _ in data.batches(split, batch_size, device))  # each [T, B, D]
@@ -76,7 +79,10 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
-    """Accuracy on queries of a linear classifier fitted to the bank: standardised features, L2 penalty, L-BFGS to convergence."""
+    """Share of queries [M, D] that a linear classifier fitted to the bank [N, D] gets right; labels int64 tensors [N], [M].
+
+    Features standardised by the bank's mean and deviation, L2 penalty, at most 200 iterations of L-BFGS.
+    """
     mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
@@ -176,7 +182,9 @@ def accuracy_line(logits, labels):
 
 
 def accuracy_figures(logits, labels, classes):
-    """Of logits [T, N, classes], in percent: accuracy and its interval after each number of steps, by class; who is taken for whom."""
+    """What logits [T, N, C] say of labels [N], a dict. In percent: accuracy, its 95 % interval [low, high], top5 (None up to 10 classes),
+    by_class, and steps, [accuracy, low, high] after 1 to T steps. In recordings: confusion [C][C], a row for each true class, and
+    worst, the five most frequent errors as [count, true, guessed]."""
     T, N, C = logits.shape
     guesses = torch.stack([logits[: t + 1].mean(0).argmax(1) for t in range(T)])  # [T, N]
     steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
@@ -189,8 +197,10 @@ def accuracy_figures(logits, labels, classes):
 
 
 def alignment_uniformity(a, b, z):
-    """Wang and Isola 2020, of features [N, D] at unit length, 0 and -4 are best: mean |a - b|^2 of two views of the same recordings, and
-    log of mean exp(-2 |z_i - z_j|^2) over pairs i != j."""
+    """Wang and Isola 2020, of features [N, D] made unit length. a, b: of two views of the same recordings; z: of the recordings.
+
+    alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over pairs i != j, best about -4.
+    """
     (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
     total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
     return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
@@ -215,8 +225,9 @@ def spike_figures(net, run, n, T):
                 rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
             sums[name]["spikes"] += out.sum((0, 1), dtype=torch.float32)  # of every neuron
             return
-        if isinstance(module, models.ConvLIF):  # makes q, k and v of an attention, whose two products take 16 MACs for each q and k
-            x, macs = torch.stack(out.chunk(3, 2)[:2]), 32 * out.numel() // 3
+        if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
+            x = torch.stack(out.chunk(3, 2)[:2])  # q and k: the two products take 16 MACs for each of their values
+            macs = 16 * x.numel()
         else:
             x, macs = inputs[0], out.numel() * module.weight[0].numel()
         sums[name]["macs"] += macs

@@ -2,15 +2,17 @@
 
 InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018; He 2020):
 
-    InfoNCE = -log( exp(q.k+ / temperature) / (exp(q.k+ / temperature) + sum_i exp(q.n_i / temperature)) )         chance: log(K + 1)
+    InfoNCE = -log( exp(q.k+ / temperature) / (exp(q.k+ / temperature) + sum_i exp(q.n_i / temperature)) )
 
-    MBC  mean before criterion: average the embeddings over time, then one InfoNCE
+Where nothing can be told apart it is log(K + 1), the level of chance. Embeddings come raw, and are made unit length inside it:
+
+    MBC  mean before criterion: average the raw embeddings over time, then one InfoNCE
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
     MixInfoNCE = alpha * MBC + beta * MAC
 
 MAC compares step t with step t of the key and of the queue. The paper's text, as far as it can be read, says step by step;
-related code of one of its circle (amazing-cls, TETMoCo) lets each step meet the negatives of all T steps instead. Step by
-step keeps T = 1 equal to plain InfoNCE and the level of chance the same for both terms.
+related code from the authors' circle (amazing-cls, TETMoCo) lets each step meet the negatives of all T steps instead. Step by
+step, MBC and MAC both have K negatives and so the same level of chance. At T = 1 both are plain InfoNCE.
 Guarded by `python -m pytest test_all.py -k loss`.
 """
 import torch
@@ -18,8 +20,8 @@ import torch.nn.functional as F
 
 
 def contrast(q, k, queue, temperature):
-    """Logits of InfoNCE, the positive first. q, k: [..., B, D], queue: [..., K, D], any length -> [..., B, 1 + K]."""
-    with torch.autocast(q.device.type, enabled=False):  # half precision in the product, over the temperature, is too coarse
+    """Logits of InfoNCE, the positive first: raw q, k [..., B, D] and queue [..., K, D] -> [..., B, 1 + K]."""
+    with torch.autocast(q.device.type, enabled=False):  # a product in half precision, divided by the temperature, is too coarse
         q, k, queue = (F.normalize(z.float(), dim=-1) for z in (q, k, queue))
         positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
         negative = q @ queue.transpose(-1, -2)  # [..., B, K]
@@ -27,7 +29,7 @@ def contrast(q, k, queue, temperature):
 
 
 def info_nce(q, k, queue, temperature):
-    """Mean InfoNCE over all rows: cross-entropy of the logits against class 0."""
+    """Mean InfoNCE over all rows, a scalar: cross-entropy of the logits against class 0. Shapes as in contrast."""
     logits = contrast(q, k, queue, temperature)
     return (logits.logsumexp(-1) - logits[..., 0]).mean()
 

@@ -21,8 +21,9 @@ from loss import contrast, mix_info_nce
 
 
 class MoCo(nn.Module):
-    """NeuroMoCo's pre-training (arXiv 2406.06305) of `encoder`, the module trained in place.
+    """NeuroMoCo's pre-training (arXiv 2406.06305) of `encoder`, which is not copied: training this module trains it.
 
+    .query and .key are networks, encoder and head; .queue holds embeddings. Raises ValueError for settings out of range.
     encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size K >= 1: negatives kept;
     momentum in [0, 1]: 0 copies the query encoder each step, 1 freezes the key encoder; temperature, alpha, beta: loss.py.
     After each forward, .accuracy holds the share of queries whose own key is nearer than all K negatives (MBC logits).
@@ -42,6 +43,7 @@ class MoCo(nn.Module):
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
     def forward(self, view_q, view_k):
+        """Two views [T, B, 2, H, W] of the same recordings -> loss. Moves the key encoder before, the queue after."""
         q = self.query(view_q)  # [T, B, dim]
         with torch.no_grad():
             self.follow()
@@ -52,7 +54,8 @@ class MoCo(nn.Module):
         with torch.no_grad():
             logits = contrast(q.mean(0), k.mean(0), self.queue.mean(1), self.temperature)  # [B, 1 + K]
             lead = logits[:, 0] - logits[:, 1:].amax(-1)  # [B]
-            self.accuracy = (lead > 1e-5 / self.temperature).float().mean()  # not by rounding, where all embeddings are alike
+            # A lead that rounding can make is no hit: where all embeddings are alike, none is.
+            self.accuracy = (lead > 1e-5 / self.temperature).float().mean()
             self.enqueue(k)
         return loss
 
@@ -72,7 +75,9 @@ class MoCo(nn.Module):
     def enqueue(self, k):
         """Write keys k [T, B, dim] over the oldest entries; of a batch larger than the queue the last K stay."""
         k = k.transpose(0, 1).to(self.queue.dtype)  # [B, T, dim]
-        k = (gather(k) if dist.is_initialized() else k)[-len(self.queue) :]
+        if dist.is_initialized():
+            k = gather(k)
+        k = k[-len(self.queue) :]
         slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
         self.queue.index_copy_(0, slots, k)
         self.position.copy_((self.position + len(k)) % len(self.queue))

@@ -25,7 +25,8 @@ POOL = 3, 2, 1  # kernel, stride and padding of every max-pool: it halves the im
 class ConvLIF(nn.Module):
     """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes [T, B, C', H', W'].
 
-    first: the input is frames, any numbers; otherwise spikes or sums of them, whole numbers below 256.
+    first: the input is frames, any numbers; otherwise it must be spikes or sums of them, whole numbers below 256. LeanConvLIF
+    keeps those as bytes: with any other input the gradient is wrong, without an error.
     """
 
     def __init__(self, c_in, c_out, kernel, stride=1, pool=False, first=False):
@@ -39,8 +40,10 @@ class ConvLIF(nn.Module):
         self.lif = LIF()
 
     def forward(self, x):
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)  # a compiler decides itself what to keep
-        if self.training and type(self.bn) is nn.BatchNorm2d and not plain:
+        # LeanConvLIF computes in float32, with this process's own statistics; a compiler decides itself what to keep.
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        synchronised = type(self.bn) is not nn.BatchNorm2d  # SyncBatchNorm, see `engine` in train.py
+        if self.training and not plain and not synchronised:
             return LeanConvLIF.apply(x, self.conv.weight, self.bn.weight, self.bn.bias, self)
         current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C, H, W]
         return self.lif(current.unflatten(0, x.shape[:2]))  # [T, B, C, H, W]
@@ -53,8 +56,8 @@ class LeanConvLIF(torch.autograd.Function):
 
     PyTorch on its own keeps the output of batch norm, of the pool, where the maxima were, and four bytes for a spike: the peak of a step
     of Spikformer-2-256 (batch 4) is then 1,080 MiB instead of 670, in about the same time. All that is cheap to compute again. The pool
-    comes first, for normalising moves no maximum, and leaves a quarter of the values. With mean m and variance v of a channel's n
-    values, z = (c - m) / sqrt(v + eps) and y = weight z + bias:
+    comes before batch norm here: that moves no maximum (if weight < 0, the pool takes minima), and leaves a quarter of the values to
+    normalise. With mean m and variance v of a channel's n values, z = (c - m) / sqrt(v + eps) and y = weight z + bias:
 
         dL/dc = weight / sqrt(v + eps) * (dL/dy - sum(dL/dy) / n - z sum(z dL/dy) / n)     dL/dy = 0 where the pool picked another
     """
@@ -86,11 +89,12 @@ class LeanConvLIF(torch.autograd.Function):
         conv, aten = ctx.block.conv, torch.ops.aten
         current, picked, index = LeanConvLIF.current(ctx, c, weight, bias, mean, var)
         g = per_neuron(gradient_of, ctx.block.lif.constants, current, g).flatten(0, 1)  # dL/dy [T*B, C, H', W']
-        # At fixed statistics: scale * dL/dy, sum(z dL/dy), sum(dL/dy). What moves the statistics is added below, where all of c counts.
+        # With mean and variance held fixed: weight * rstd * dL/dy, gweight = sum(z dL/dy), gbias = sum(dL/dy).
         rstd, n = (var + ctx.block.bn.eps).rsqrt(), c.numel() / len(weight)
         g, gweight, gbias = aten.native_batch_norm_backward(g, picked, weight, mean, var, None, None, False, ctx.block.bn.eps, [True] * 3)
         if index is not None:
-            g = aten.max_pool2d_with_indices_backward(g, c, *([n, n] for n in POOL), [1, 1], False, index)  # [T*B, C, H, W]
+            g = aten.max_pool2d_with_indices_backward(g, c, *([k, k] for k in POOL), [1, 1], False, index)  # [T*B, C, H, W]
+        # What mean and variance add, on which all of c counts: slope * (c - mean) - weight * rstd * gbias / n.
         slope = -weight * rstd.square() * gweight / n
         g.addcmul_(c, slope[:, None, None]).sub_((weight * rstd * gbias / n + slope * mean)[:, None, None])
         needed = [ctx.needs_input_grad[0], True, False]
@@ -125,13 +129,11 @@ class SEWResNet18(nn.Module):
         large = image_size >= 64
         self.stem = ConvLIF(2, width, 7, 2, first=True) if large else ConvLIF(2, width, 3, first=True)
         self.pool = nn.MaxPool2d(*POOL) if large else nn.Identity()
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.blocks = nn.Sequential(*[
-            block
-            for stage in range(4)
-            for block in (SEWBlock(widths[stage], widths[stage + 1], 1 if stage == 0 else 2),
-                          SEWBlock(widths[stage + 1], widths[stage + 1], 1))
-        ])
+        blocks, c_in = [], width
+        for c_out, stride in (width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2):  # the four stages
+            blocks += [SEWBlock(c_in, c_out, stride), SEWBlock(c_out, c_out, 1)]
+            c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as published

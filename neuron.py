@@ -46,7 +46,9 @@ def gradient_of(x, g, tau, v_threshold, v_reset, alpha):
     """Currents x and the spikes' gradient g, both [T, N] -> the currents' gradient [T, N].
 
     The membrane is computed again from x, so x is all that a forward pass has to keep; then time runs backwards:
-        dL/dh[t] = dL/ds[t] * ds/dh + (0 if s[t] else dL/dv[t]);  dL/dv[t-1] = dL/dh[t] * (1 - 1/tau)
+        dL/dh[t]   = dL/ds[t] * ds/dh + (0 if s[t] else dL/dv[t])       gh; no later step follows the last: there dL/dv = 0
+        dL/dv[t-1] = dL/dh[t] * (1 - 1/tau)                             gv
+        dL/dx[t]   = dL/dh[t] / tau                                     gradient
     """
     v = torch.full_like(x[0], v_reset, dtype=membrane_dtype(x))
     membrane = []
@@ -54,7 +56,8 @@ def gradient_of(x, g, tau, v_threshold, v_reset, alpha):
         h = charge(v, xt, tau, v_reset)
         membrane.append(h)
         v = torch.where(h >= v_threshold, v_reset, h)
-    gv, gradient = torch.zeros_like(v), []
+    gv = torch.zeros_like(v)  # [N]
+    gradient = []  # last step first
     for h, gs in zip(reversed(membrane), reversed(g.unbind(0))):
         surrogate = alpha / 2 / (1 + (math.pi / 2 * alpha * (h - v_threshold)) ** 2)
         gh = gs * surrogate + torch.where(h >= v_threshold, 0.0, gv)
@@ -107,8 +110,8 @@ def per_neuron(pass_, constants, *tensors):
     Neurons do not meet one another, so any memory format is a [T, N] matrix when read in the order of its bytes.
     """
     x = tensors[0]
-    order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)
-    back = sorted(range(x.ndim), key=order.__getitem__)
+    order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)  # time, then from the largest stride to the smallest
+    back = [order.index(i) for i in range(x.ndim)]  # the inverse permutation
     y = run(pass_, constants, *(t.permute(order).reshape(len(t), -1) for t in tensors))  # [T, N]
     return y.view([x.shape[i] for i in order]).permute(back)  # [T, ...]
 

@@ -1327,7 +1327,7 @@ def test_train_and_eval_answer_a_mistake_with_one_line(argv, says, tmp_path):
 
 def test_train_help_shows_the_row_of_the_data_set():
     helps = [command("train.py", "--dataset", name, "--help").stdout for name in ("cifar10dvs", "nmnist")]
-    assert "(default: 128)" in helps[0] and "(default: 34)" in helps[1] and "(default: None)" not in helps[0].split("--out")[0].split("--queue-size")[1].split("--init")[0]
+    assert "(default: 128)" in helps[0] and "(default: 0)" in helps[1] and "(default: 34)" in helps[1] and "(default: None)" not in helps[0].split("--out")[0].split("--queue-size")[1].split("--init")[0]
 
 
 def test_train_command_line_on_the_toy_data(tmp_path):

@@ -49,39 +49,40 @@ def parse(argv):
         check.__name__ = kind.__name__  # argparse says "invalid int value"
         return check
 
-    group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
-    group("--root", default="data", help="folder of downloads and cached frames")
-    group("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
-    group("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels; if not given: the sensor's, 128 at most")
-    group("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training uses none")
-    group("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
-    group = parser.add_argument_group("model").add_argument
-    group("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>, dim a multiple of 16")
-    group = parser.add_argument_group("pre-training").add_argument
-    group("--pretrain-epochs", type=number(int, 0, 10**5), help="0: none, fine-tune from scratch")
-    group("--queue-size", type=number(int, 1, 10**7), help="negatives K, well below the number of training recordings")
-    group("--momentum", type=number(float, 0, 1), help="of the key encoder: 0 copies the query encoder, 1 stands still")
-    group("--temperature", type=number(float, 1e-3, 1e3), help="of InfoNCE")
-    group("--alpha", type=number(float, 0, 1e3), help="weight of MBC, InfoNCE of the average over time")
-    group("--beta", type=number(float, 0, 1e3), help="weight of MAC, average over time of InfoNCE")
-    group("--pretrain-lr", type=number(float, 1e-9, 1e3), help="peak learning rate of pre-training")
-    group("--init", help="skip pre-training, fine-tune the encoder of this checkpoint, whose pre-training flags are taken over")
-    group = parser.add_argument_group("fine-tuning").add_argument
-    group("--epochs", type=number(int, 0, 10**5), help="passes over the labelled recordings; 0: pre-train only, labels play no part")
-    group("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
-    group = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
-    group("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
-    group("--batch-size", type=number(int, 1, 10**6), help="recordings a step, at most")
-    group = parser.add_argument_group("run").add_argument
-    group("--out", help="the run's folder; if not given: runs/<dataset>, with a number if that exists")
-    group("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
-    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    group("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped")
-    group("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, ncaltech101, nmnist, or a folder of recordings")
+    add("--root", default="data", help="folder of downloads and cached frames")
+    add("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
+    add("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels; if not given: the sensor's, 128 at most")
+    add("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training uses none")
+    add("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>, dim a multiple of 16")
+    add = parser.add_argument_group("pre-training").add_argument
+    add("--pretrain-epochs", type=number(int, 0, 10**5), help="0: none, fine-tune from scratch")
+    add("--queue-size", type=number(int, 1, 10**7), help="negatives K, well below the number of training recordings")
+    add("--momentum", type=number(float, 0, 1), help="of the key encoder: 0 copies the query encoder, 1 stands still")
+    add("--temperature", type=number(float, 1e-3, 1e3), help="of InfoNCE")
+    add("--alpha", type=number(float, 0, 1e3), help="weight of MBC, InfoNCE of the average over time")
+    add("--beta", type=number(float, 0, 1e3), help="weight of MAC, average over time of InfoNCE")
+    add("--pretrain-lr", type=number(float, 1e-9, 1e3), help="peak learning rate of pre-training")
+    add("--init", help="skip pre-training, fine-tune the encoder of this checkpoint, whose pre-training flags are taken over")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--epochs", type=number(int, 0, 10**5), help="passes over the labelled recordings; 0: pre-train only, labels play no part")
+    add("--lr", type=number(float, 1e-9, 1e3), help="peak learning rate of fine-tuning")
+    add = parser.add_argument_group("optimiser (AdamW, warm-up and cosine, in both phases)").add_argument
+    add("--weight-decay", type=number(float, 0, 1e3), help="of weights, not of biases and batch norm")
+    add("--batch-size", type=number(int, 1, 10**6), help="recordings a step, at most, of all processes together")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="the run's folder; if not given: runs/<dataset>, with a number if that exists")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, augmentation and choice of labels")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--resume", action="store_true", help="go on where the run in --out, or the last one, stopped; start one if there is none")
+    add("--no-compile", action="store_true", help="never call a compiler: slower steps, the same numbers")
 
-    parser.set_defaults(**data.recipe(parser.parse_known_args(argv)[0].dataset))
-    group("-h", "--help", action="help", help="show this and end")  # only now, for it shows the defaults
+    row = data.recipe(parser.parse_known_args(argv)[0].dataset)
+    parser.set_defaults(**row)  # and args.views, args.finetune, which have no flag
+    add("-h", "--help", action="help", help="show this and end")  # only now, for it shows the defaults
     args = data.parse(parser, argv)
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
@@ -99,7 +100,8 @@ def parse(argv):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False  # not `in`: 0 == False, and a default of 0 is to be shown
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def keep_memory():
@@ -128,9 +130,9 @@ def processes():
 
 
 def run_folder(args):
-    """--out, or runs/<dataset> with the first number that is free, the last run to resume -> (folder, its lock).
+    """(the run's folder, its lock). Nothing is ever written over, and no two runs write to one folder. Raises UserError.
 
-    Nothing is ever written over, and no two runs write to one folder.
+    The folder is --out, or the first of runs/<dataset>, runs/<dataset>-2, ... without a run; with --resume the last that exists.
     """
     first = Path(args.out).expanduser() if args.out else Path("runs") / Path(os.path.abspath(args.dataset)).name
     numbered = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
@@ -181,12 +183,12 @@ class Run:
         self.args, self.warned = args, set()
         self.out, self.state = found
         self.log = self.state["log"] if self.state else []
-        self.compare()
+        self.check_flags()
         if self.state:
             self.write_log()  # it may lack the last row: see fit
 
-    def compare(self):
-        """Stop if the run to go on with was made with other flags; the size of images and recordings is known after loading only."""
+    def check_flags(self):
+        """UserError if the run to go on with was made with other flags. Called again once the data, and so image_size, are known."""
         was, free = self.state["args"] if self.state else {}, ("out", "resume", "device", "root", "no_compile")
         wrong = [f"--{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
                  if k in was and k not in free and str(was[k]) != str(v) and (k, v) != ("image_size", None)]
@@ -255,12 +257,12 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
               bar_format="{desc} {percentage:.0f} %, {elapsed}, {remaining} left") as bar:  # None: on a terminal alone
         for epoch in range(start, epochs):
             seed = args.seed + 1_000_000 * (epoch + 1)  # an epoch's draws depend on nothing before it: resuming is exact
-            order = torch.Generator().manual_seed(seed)
-            torch.manual_seed(seed + 1000 * rank)
-            began, rate = time.time(), schedule.get_last_lr()[0]  # at its start
+            generator = torch.Generator().manual_seed(seed)  # of the order of recordings, the same in all processes
+            torch.manual_seed(seed + 1000 * rank)  # of the views, other ones in each
+            began, rate = time.time(), schedule.get_last_lr()[0]  # rate: at the epoch's start
             seen = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
             model.train()
-            batches = data.batches(split, args.batch_size, args.device, True, order, (rank, world))
+            batches = data.batches(split, args.batch_size, args.device, True, generator, (rank, world))
             for i, ((x, y), size) in enumerate(zip(batches, sizes)):
                 with autocast(args.device):
                     loss, accuracy = step(x, y)
@@ -305,8 +307,9 @@ def check_finite(run, phase, epoch, losses, model, schedule):
 def engine(model, args):
     """What to call to train `model`: itself, on a single GPU compiled as a whole, or averaging gradients over processes.
 
-    Batch-norm statistics are those of all processes on GPUs, of each process on CPUs, where PyTorch has no such thing. They would break
-    the compiled graph at every layer: with several processes, as on a CPU, the LIF layers alone are compiled (neuron.py).
+    With several processes, batch norm takes its statistics over all of them on GPUs (SyncBatchNorm), and over its own share on CPUs, for
+    which PyTorch has no SyncBatchNorm. That would break a compiled graph at every layer, so then, as always on a CPU, only the LIF
+    layers are compiled (neuron.py).
     """
     cuda = torch.device(args.device).type == "cuda"
     if dist.is_initialized():
@@ -339,7 +342,7 @@ def look(run, encoder, split, done):
         if layers := [name for name, seen in rates.items() if (torch.stack(seen) == rate).all()]:
             found[how] = f"the neurons of {', '.join(layers)} {how}, whatever they see: nothing gets through them"
     spread = (features - features.mean(0)).norm() / features.norm()
-    if len(features) > 1 and not spread > 0.03:  # cosines above 0.999; 0.77 on the toy data
+    if len(features) > 1 and not spread > 0.03:  # a mean cosine of two features above 0.999; on the toy data it is 0.77
         found["alike"] = "the features of all recordings are alike (a collapse): nothing can be told from them"
     for kind, what in found.items():
         if kind not in run.warned and done >= 50:  # before, batch norm's running statistics are not those of the data
@@ -353,7 +356,7 @@ def pretrain(run, train, encoder):
     args = run.args
     torch.manual_seed(args.seed)
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha, args.beta).to(args.device)
-    moco.new_queue(args.n_frames)
+    moco.new_queue(args.n_frames)  # now: --resume fills a queue of its final shape, and a compiled step meets no other
     forward = engine(moco, args)
 
     def step(x, _):
@@ -369,7 +372,8 @@ def pretrain(run, train, encoder):
             return None
         return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
-    print(f"a contrastive loss of {(args.alpha + args.beta) * math.log(args.queue_size + 1):.3f} is the level of chance, log(K + 1)")
+    chance = (args.alpha + args.beta) * math.log(args.queue_size + 1)
+    print(f"a contrastive loss of {chance:.3f} is the level of chance, (alpha + beta) log(K + 1)")
     if args.queue_size >= len(train.labels):
         print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: their own keys return as negatives; "
               f"--queue-size {len(train.labels) // 4 + 1} may do better")
@@ -424,7 +428,7 @@ def train_and_test(args):
     if dist.is_initialized() and first:
         dist.barrier()
     args.image_size, args.recordings = train.frames.shape[-1], f"{len(train.labels)}+{len(test.labels)}"
-    run.compare()
+    run.check_flags()
     if args.batch_size > len(train.labels) and args.batch_size != data.recipe(args.dataset)["batch_size"]:
         raise data.UserError(f"--batch-size {args.batch_size}: there are {len(train.labels)} recordings to train on: pass that or less")
     train = data.on_device(train, args.device)
