@@ -54,8 +54,9 @@ FOLDER = COMMON | STILL | dict(  # small enough for a laptop
 # Chosen on N-MNIST's training recordings, a quarter of them held back: with crops, two operations a view, elastic warps, a temperature of
 # 0.2 or 0.4, a queue of 128 with momentum 0.99, 250 epochs, or a pretrain_lr of 4e-3, fine-tuning ended lower.
 
-Split = namedtuple("Split", "frames labels classes")  # uint8 [N, T, 2, size, size], int64 [N], list of names
-FORMAT = 2  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
+# uint8 [N, T, 2, size, size], int64 [N], list of names, (width, height) in pixels
+Split = namedtuple("Split", "frames labels classes sensor", defaults=[None])
+FORMAT = 3  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
 
 
 # Down to lock: errors, whole files and locks, for train.py and eval.py as well. On a first reading, go on at to_frames.
@@ -158,12 +159,13 @@ def to_frames(events, n_frames, sensor_size, size):
     return frames.reshape(n_frames, 2, size, size)
 
 
-def load(name, root="data", n_frames=None, size=None, skip_broken=False):
+def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None):
     """The data set called `name`, or the folder of recordings at that path -> (train, test), each a Split.
 
     name: "toy" | "cifar10dvs" | "dvsgesture" | "ncaltech101" | "nmnist", downloaded by tonic into `root` if missing, or a
     folder laid out as FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording> (.bin, .aedat4, .npy).
-    n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most).
+    n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most), and its
+    sensor (W, H) to as far as its events reach.
     Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
     made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in numerical
     order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out recordings that
@@ -172,19 +174,26 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
     # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or "toy:...";
-    # sensor: (W, H), None if it is still to be read from the events
+    # known: the sensor (W, H), None of a folder
     if name == "toy":
-        recordings, classes, read, sensor = toy_recordings()
+        recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
-        recordings, classes, read, sensor = tonic_recordings(name, root)
+        recordings, classes, read, known = tonic_recordings(name, root)
     else:
-        recordings, classes, read, sensor = folder_recordings(Path(name).expanduser())
+        recordings, classes, read, known = folder_recordings(Path(name).expanduser())
+    sensor = known or sensor
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
-    made_from = repr((FORMAT, recordings, stamps, n_frames, size, skip_broken))
-    mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # paths may hold bytes that are no UTF-8
-    path = root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
+
+    def path_of(size, sensor):
+        made_from = repr((FORMAT, recordings, stamps, n_frames, size, skip_broken, sensor and tuple(sensor)))
+        mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # paths may hold bytes that are no UTF-8
+        return root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
+
+    path, guessed = path_of(size, sensor), path_of(row["image_size"], None)
+    if sensor and guessed.exists() and geometry(guessed) == [*sensor, size]:  # the first run guessed what later ones are told
+        path = guessed
     if not path.exists():
         with lock(path.parent, wait=True):
             if not path.exists():  # another run may have made them
@@ -195,7 +204,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
         frames = np.load(path, mmap_mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
         if len(frames) != len(good) or not set(states) <= {"train", "test", "broken"}:
             raise ValueError
-    except (OSError, ValueError):
+        sensor = geometry(path)[:2]
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
     if len(good) < len(recordings):
         print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: "
@@ -204,7 +214,20 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False):
     n = sum(split == "train" for split, _, _ in good)
     if not 0 < n < len(good):
         raise UserError(f"{name}: every recording to {'test' if n else 'train'} on is broken: see {path.with_suffix('.tsv')}")
-    return Split(frames[:n], labels[:n], classes), Split(frames[n:], labels[n:], classes)
+    return Split(frames[:n], labels[:n], classes, sensor), Split(frames[n:], labels[n:], classes, sensor)
+
+
+def compare_sensors(made, name, split):
+    """Warn if the settings `made` of a checkpoint name another sensor than that of the folder `name`: one camera is to be scaled alike."""
+    if name not in DATASETS and made.get("sensor", split.sensor) != split.sensor:
+        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *made["sensor"])
+              + "if the camera is the same, pass --sensor {} {}".format(*made["sensor"]))
+
+
+def geometry(path):
+    """[W, H, size] of the frames in `path`, as the first line of the list beside it says; None if it does not."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path.with_suffix(".tsv"), errors="surrogateescape") as f:
+        return [int(n) for n in f.readline().split("\t")[4].split()[::2]]
 
 
 def recipe(name):
@@ -279,7 +302,7 @@ def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
         header(f, len(keys) - len(broken))
         with whole(path.with_suffix(".tsv")) as tsv:
             rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
-            for row in [("split", "class", "recording", "why broken"), *rows]:
+            for row in [("split", "class", "recording", "why broken", f"{sensor[0]} x {sensor[1]} to {size}"), *rows]:
                 line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
                 tsv.write(f"{line}\n".encode(errors="surrogateescape"))
 
@@ -322,6 +345,8 @@ def check_events(events):
         raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()} are not the pixels of an event camera")
     if ((p != 0) & (p != 1)).any():
         raise ValueError(f"polarity must be 0 (off) or 1 (on), not {p.min()} to {p.max()}: store p > 0")
+    if t.dtype.kind == "f" and t.dtype.itemsize < 8 and len(t) > 1 and np.spacing(t.max()) > 0.01 * (t.max() - t.min()):
+        raise ValueError(f"time is too coarse: {t.max():g} in {t.dtype} has steps of {np.spacing(t.max()):g}")
     t = t.astype(np.float64)
     back, duration = (np.maximum.accumulate(t) - t).max(), t.max() - t.min()
     if back > 0.01 * duration:

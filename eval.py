@@ -15,6 +15,8 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import os
@@ -142,7 +144,8 @@ def load_checkpoint(path):
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
-                 and set(args["views"]) == set(data.COMMON["views"]))
+                 and set(args["views"]) <= set(list(inspect.signature(data.augment).parameters)[1:])
+                 and (args.get("sensor") is None or all(type(n) is int and 0 < n <= 4096 for n in args["sensor"])))
         if not sound:
             raise ValueError("its settings cannot be")
         with torch.device("meta"):  # shapes only
@@ -257,20 +260,30 @@ def spike_figures(net, run, n, T):
 def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
     made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
-    splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken)
+    own = name == made["dataset"]
+    splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken,
+                       args.sensor or (made.get("sensor") if own else None))
     train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
+    data.compare_sensors(made, name, train)
+    if own and made.get("recordings") not in (None, counts := f"{len(train.labels)}+{len(test.labels)}"):
+        print(f"warning: {name} holds {counts} recordings, {made['recordings']} when {path} was trained: some of those may be tested on now",
+              file=sys.stderr)
     net, n = restore(ckpt, args.device), len(test.labels)
     encoder = net.encoder if ckpt["kind"] == "finetuned" else net
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
     out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
     f |= dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
+    if dead := [x["layer"] for x in f["layers"] if x.get("silent") == 100]:
+        print(f"warning: {path}: {', '.join(dead)} never spike: nothing gets through them, and figures say nothing about the method",
+              file=sys.stderr)
     if ckpt["kind"] == "finetuned":
         f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
         if not any(f["strangers"]):
             f |= accuracy_figures(out, torch.tensor([classes.index(c) for c in test.classes])[test.labels], classes)
     bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])
-    f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in (("knn", knn_accuracy), ("probe", probe_accuracy))}
+    scores = (("knn", knn_accuracy), ("probe", probe_accuracy)) if len(train.classes) > 1 else ()
+    f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in scores}
     torch.manual_seed(0)  # always the same views
     f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
     x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
@@ -299,23 +312,22 @@ def tell(f):
     if "accuracy" in f:
         print("accuracy by class" + few * ", and the confusion matrix: rows true, columns predicted, in the same order")
         for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
-            print(f"  {name:20} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
+            print(f"  {name:18} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
         for n, a, b in f["worst"]:
             print(f"  {n} x {a} taken for {b}")
         print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
         print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + (f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""))
-    print(f"{'layer':20} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
+    print(f"{'layer':18} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
     for x in f["layers"] + [f | dict(layer="all")]:
         rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
-        print(f"{x['layer']:20} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
-    if dead := [x["layer"] for x in f["layers"] if x.get("silent") == 100]:
-        print(f"warning: {', '.join(dead)} never spike: nothing gets through them, and what follows says nothing about the method")
+        print(f"{x['layer']:18} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
     dense = f["energy_without_spikes"]
     print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
     print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; {latency:.2f} ms for one".format(**f))
     frozen = "unchanged" if f["frozen"] else "CHANGED"
     print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {frozen} by all this")
-    print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
+    if "knn" in f:
+        print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
     if "accuracy" in f:
         print(LAST_LINE.format(f["accuracy"], f["recordings"]))
 
@@ -328,9 +340,12 @@ def table(runs):
     aside, groups, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), [], defaultdict(dict)
     for f in runs:
         settings = f["args"] | dict(kind=f["kind"], dataset=f["dataset"])
-        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in aside)
-        by_recipe[recipe][f["args"]["seed"]] = f  # of a seed, the last
-    common = set.intersection(*map(set, by_recipe))
+        idle = () if settings["pretrain_epochs"] else (*PRETRAINING[1:], "pretrained_on")
+        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in (*aside, *idle))
+        by_recipe[recipe][settings["seed"], settings.get("init")] = f  # of one seed and encoder, the last
+    values = defaultdict(set)
+    for k, v in itertools.chain(*by_recipe):
+        values[k].add(v)
 
     def cell(k, values):
         return " ± ".join(f"{v:.{2 if UNITS[k] else 3}f}" for v in values) or "-"
@@ -340,9 +355,9 @@ def table(runs):
     for recipe, of_seed in by_recipe.items():
         same = list(of_seed.values())
         if len(same) > 1:
-            title = ", ".join([*(f"{k} {v}" for k, v in recipe if (k, v) not in common), f"{len(same)} seeds"])
-            values = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
-            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in values.items()}
+            title = ", ".join([*(f"{k} {v}" for k, v in recipe if len(values[k]) > 1), f"{len(same)} seeds"])
+            columns = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
+            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in columns.items()}
             rows.append((title, [cell(k, spread.get(k, [])) for k in UNITS]))
             groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
     width = max(len(name) for name, _ in rows)
@@ -358,6 +373,7 @@ def draw(f, show, folder):
 
     def page(name, width, height, *grid, **options):
         pages[name] = Figure((width, height), layout="constrained")
+        pages[name].suptitle(f["path"], size=8, color="grey", parse_math=False)
         return pages[name], pages[name].subplots(*grid, squeeze=False, **options)
     log = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
     chance = dict(pretrain=(made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), finetune=math.log(len(f["classes"])))
@@ -374,6 +390,7 @@ def draw(f, show, folder):
         if phase == "pretrain":
             share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
         share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
+        share.xaxis.get_major_locator().set_params(integer=True)
         loss.legend(frameon=False), share.legend(frameon=False)
     draw_spikes(f, show, page)
     draw_classes(f, show, page)
@@ -444,6 +461,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
     parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
     parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    parser.add_argument("--sensor", type=int, nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
     parser.add_argument("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
@@ -465,7 +483,7 @@ def main(argv=None):
                 open(args.json, "a").close()
         except OSError as e:
             raise data.UserError(f"{e.filename}: cannot be written ({e.strerror}): choose another place")
-        runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1), ckpts)))
+        runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1 or None), ckpts)))
         if args.pictures:
             draw(runs[0], shows[0], Path(args.pictures))
         if len(runs) == 1:

@@ -667,6 +667,26 @@ def test_data_folder_says_what_it_leaves_out(tmp_path, capsys):
         data.load(tmp_path / "own", tmp_path / "root", 2)
 
 
+def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, capsys):
+    def made(folder, reach, **changes):
+        for i, c in itertools.product(range(2), "ab"):
+            write_npy(tmp_path / folder / c / f"{i}.npy", fields(x=np.arange(50) % reach[0], y=np.arange(50) % reach[1]))
+        return data.load(tmp_path / folder, tmp_path / "root", 2, **changes)[0]
+    whole = made("whole", (40, 30))
+    assert whole.sensor == [40, 30] and whole.frames.shape[-1] == 40
+    again = made("whole", (40, 30))  # written anew, and so made anew
+    frames = sorted((tmp_path / "root" / "frames").glob("whole*.npy"))
+    told = data.load(tmp_path / "whole", tmp_path / "root", 2, size=40, sensor=[40, 30])[0]
+    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.npy")) == frames  # the same file
+    part, right = made("part", (20, 15)), made("part", (20, 15), sensor=(40, 30), size=40)
+    assert part.sensor == [20, 15] and right.sensor == [40, 30]
+    assert right.frames.shape[-1] == 40 and not right.frames[..., 20:].any() and not right.frames[..., 20:, :].any()
+    capsys.readouterr()
+    for split in (part, right):
+        data.compare_sensors(dict(sensor=[40, 30]), tmp_path / "part", split)
+    assert capsys.readouterr().out.endswith("20 x 15 pixels, that of the checkpoint 40 x 30: if the camera is the same, pass --sensor 40 30\n")
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("parts", [True, False])
 def test_data_folder_of_recordings(tmp_path, suffix, parts):
@@ -1118,6 +1138,40 @@ def test_eval_table_of_seeds(tiny_runs, tmp_path, capsys):
         assert group[k] == pytest.approx([mean, std]) and f"{mean:.{digits}f} ± {std:.{digits}f}" in lines[-1]
 
 
+def test_eval_table_tells_runs_apart_by_what_made_them(capsys):
+    """The queue of a run from scratch is no setting of it; two pre-trainings that one seed fine-tunes are two runs."""
+    made = dict(dict.fromkeys(evaluation.PRETRAINING, 1), pretrained_on="x", seed=0, lr=1.0, init=None)
+    runs = [made | dict(seed=0, pretrain_epochs=0), made | dict(seed=1, pretrain_epochs=0, queue_size=9, pretrained_on="y"),
+            made | dict(init="a.pt"), made | dict(init="b.pt")]
+    figures = dict.fromkeys(evaluation.UNITS, 1.0) | dict(kind="finetuned", dataset="x")
+    groups = evaluation.table([figures | dict(path=str(i), args=args, accuracy=float(i)) for i, args in enumerate(runs)])
+    assert [(g["title"], g["paths"], g["accuracy"][0]) for g in groups] == [
+        ("pretrain_epochs 0, 2 seeds", ["0", "1"], 0.5), ("pretrain_epochs 1, 2 seeds", ["2", "3"], 2.5)]
+
+
+def test_eval_warns_of_training_recordings_in_the_test(shapes, tmp_path, capsys):
+    for c, i in itertools.product("ab", range(12)):
+        write_npy(tmp_path / "grow" / c / f"{i}.npy", recording(60, seed=i))
+    run_tiny(tmp_path / "grow", tmp_path / "run", "--pretrain-epochs", "0")
+    assert "recordings" not in "".join(evaluate(capsys, tmp_path / "run" / "finetuned.pt")[1])
+    write_npy(tmp_path / "grow" / "a" / "12.npy", recording(60))
+    assert "holds 23+2 recordings, 22+2 when" in evaluate(capsys, tmp_path / "run" / "finetuned.pt")[1][0]
+
+
+def test_train_on_recordings_of_one_class(tmp_path, capsys):
+    """Nothing to tell apart: pre-training alone, and no kNN or probe that would say 100 %."""
+    for i in range(12):
+        write_npy(tmp_path / "any" / "all" / f"{i}.npy", recording(60, seed=i))
+    with pytest.raises(SystemExit):
+        run_tiny(tmp_path / "any", tmp_path / "run")
+    assert "single class" in capsys.readouterr().err
+    run_tiny(f"{tmp_path / 'any'}/", tmp_path / "run", "--epochs", "0")
+    assert [line.split(",")[5] for line in (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]] == ["", ""]
+    lines, _ = evaluate(capsys, tmp_path / "run" / "pretrained.pt", "--json", tmp_path / "f.json")
+    (f,) = json.loads((tmp_path / "f.json").read_text())["runs"]
+    assert "knn" not in f and "probe" not in f and not any("kNN" in line for line in lines) and f["dataset"] == str(tmp_path / "any")
+
+
 def test_eval_on_other_data(tiny_runs, shapes, tmp_path, capsys):
     """Strange classes: which, and transfer. The same classes in another order: the same accuracy."""
     for part, c in itertools.product(("Train", "Test"), "abc"):
@@ -1537,6 +1591,8 @@ BROKEN = {  # what is wrong with an .npy, and what is said about it
     "far": (fields(x=np.full(50, 65535)), "pixels"), "negative": (fields(y=np.full(50, -1)), "pixels"), "half": (fields(x=np.full(50, 0.5)), "pixels"),
     "polarity": (fields(p=np.full(50, -1)), "polarity"), "backwards": (fields(t=np.arange(50)[::-1]), "backwards"),
     "reset": (fields(t=np.r_[:25, :25]), "backwards"), "unsigned": (fields(t=np.arange(50, dtype=np.uint64)[::-1]), "backwards"),
+    "coarse": (np.rec.fromarrays([fields()["x"], fields()["y"], (1.6e15 + 1e3 * np.arange(50)).astype(np.float32), fields()["p"]],
+                                 names="x,y,t,p"), "too coarse"),
     "nan": (fields(t=np.full(50, np.nan)), "finite"), "text": (fields(x=np.full(50, "1")), "numbers"),
     "pickled": (np.array([{}], object), "pickle"), "written": (b"x y t p\n1 2 3 0\n", "pickle"), "empty": (b"", "No data"),
     "claims": (b"\x93NUMPY\x01\x00v\x00" + b"{'descr': [('x', '<i8'), ('y', '<i8'), ('t', '<i8'), ('p', '<i8')], 'fortran_order': False, "
@@ -1550,7 +1606,7 @@ def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
     whole = data.load(own, tmp_path / "root", 2)
     for i, content in enumerate(c for c, _ in BROKEN.values()):
         (own / "a" / f"broken{i}.npy").write_bytes(content) if isinstance(content, bytes) else np.save(own / "a" / f"broken{i}.npy", content)
-    for i in range(8):
+    for i in range(7):
         (own / "a" / f"zero{i}.bin").touch()
     with pytest.raises(data.UserError) as e:
         data.load(own, tmp_path / "root", 2)

@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -54,6 +55,7 @@ def parse(argv):
     add("--root", default="data", help="folder of downloads and cached frames")
     add("--n-frames", type=number(int, 1, 1024), help="time steps T that a recording is cut into")
     add("--image-size", type=number(int, 8, 1024), help="width and height of a frame in pixels; if not given: the sensor's, 128 at most")
+    add("--sensor", type=number(int, 1, 4096), nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
     add("--labels-per-class", type=number(int, 0, 10**6), help="fine-tune on so many labels a class, 0: all; pre-training uses none")
     add("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
     add = parser.add_argument_group("model").add_argument
@@ -88,7 +90,7 @@ def parse(argv):
         parser.error("--alpha 0 --beta 0: leaves nothing to minimise in pre-training: raise one of them")
     if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
         parser.error("--epochs 0: leaves nothing to do without pre-training: raise one of the two")
-    args.pretrained_on = args.dataset
+    args.pretrained_on = args.dataset = os.path.normpath(args.dataset)  # a folder is the same with a slash at its end
     data.check_device(args.device)
     try:
         with torch.device("meta"):  # takes no memory
@@ -182,6 +184,8 @@ class Run:
             dist.broadcast_object_list(found)
         self.args, self.warned = args, set()
         self.out, self.state = found
+        if args.resume and not self.state:
+            print(f"{self.out}: holds no run to go on with, a new one starts")
         self.log = self.state["log"] if self.state else []
         self.check_flags()
         if self.state:
@@ -189,9 +193,10 @@ class Run:
 
     def check_flags(self):
         """UserError if the run to go on with was made with other flags. Called again once the data, and so image_size, are known."""
-        was, free = self.state["args"] if self.state else {}, ("out", "resume", "device", "root", "no_compile")
-        wrong = [f"--{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
-                 if k in was and k not in free and str(was[k]) != str(v) and (k, v) != ("image_size", None)]
+        was, free = self.state["args"] if self.state else {}, ("out", "resume", "device", "root", "no_compile", "pretrained_on")
+        flagless = "views", "finetune", "recordings"
+        wrong = [f"{'' if k in flagless else '--'}{k.replace('_', '-')} {was[k]}" for k, v in vars(self.args).items()
+                 if k in was and k not in free and str(was[k]) != str(v) and (v or k not in ("image_size", "sensor"))]
         if wrong:
             raise data.UserError(f"--resume: the run in {self.out} was made with {', '.join(wrong)}: "
                                  "pass the same, or choose another --out")
@@ -368,7 +373,7 @@ def pretrain(run, train, encoder):
     def watch(done):
         features = look(run, encoder, probe, done)
         query = torch.arange(len(probe.labels)) % 5 == 0
-        if query.all():  # a single recording
+        if query.all() or len(probe.classes) == 1:  # a single recording, or none that could be taken for another's
             return None
         return knn_accuracy(features[~query], probe.labels[~query], features[query], probe.labels[query])
 
@@ -424,18 +429,23 @@ def train_and_test(args):
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()  # the first process of a machine makes the frames, the others find them
-    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size, args.skip_broken)
+    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size, args.skip_broken, args.sensor)
     if dist.is_initialized() and first:
         dist.barrier()
-    args.image_size, args.recordings = train.frames.shape[-1], f"{len(train.labels)}+{len(test.labels)}"
+    args.image_size, args.sensor, args.recordings = train.frames.shape[-1], train.sensor, f"{len(train.labels)}+{len(test.labels)}"
     run.check_flags()
+    if args.epochs and len(train.classes) == 1:
+        raise data.UserError(f"{args.dataset}: has a single class, nothing to tell apart: pass --epochs 0 to pre-train only")
     if args.batch_size > len(train.labels) and args.batch_size != data.recipe(args.dataset)["batch_size"]:
         raise data.UserError(f"--batch-size {args.batch_size}: there are {len(train.labels)} recordings to train on: pass that or less")
     train = data.on_device(train, args.device)
     neuron.COMPILE_AFTER = None if args.no_compile else neuron.COMPILE_AFTER
     few = labelled(train, args.labels_per_class, args.seed)
     batch_sizes(train, args), batch_sizes(few, args)  # complain before the hours of pre-training
-    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in vars(args).items()), 120, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in vars(args).items()), shutil.get_terminal_size((120, 24)).columns - 1,
+                        break_long_words=False, break_on_hyphens=False))
+    if init:
+        data.compare_sensors(init["args"], args.dataset, train)
     if init and idle:
         print(f"warning: {', '.join(idle)} play no part: the encoder of --init was pre-trained with the values above")
     print(f"{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
