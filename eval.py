@@ -145,7 +145,7 @@ def load_checkpoint(path):
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
                  and set(args["views"]) <= set(list(inspect.signature(data.augment).parameters)[1:])
-                 and (args.get("sensor") is None or all(type(n) is int and 0 < n <= 4096 for n in args["sensor"])))
+                 and (args.get("sensor") is None or [type(n) for n in args["sensor"]] == [int, int]))
         if not sound:
             raise ValueError("its settings cannot be")
         with torch.device("meta"):  # shapes only

@@ -1719,7 +1719,7 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
     weight = checkpoint["weights"][bn]
     weights = {name: checkpoint["weights"] | {bn: v} for name, v in dict(
         nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(), sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12)).items()}
-    arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None],
+    arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None], sensor=[7, [34], ["a", "b"]],
                      n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"],
                      queue_size=[-5], views=[data.COMMON["views"] | dict(strength=10**400)])
     contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}, *({k: v for k, v in checkpoint.items() if k != part} for part in checkpoint),
