@@ -219,9 +219,10 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
 
 def compare_sensors(made, name, split):
     """Warn if the settings `made` of a checkpoint name another sensor than that of the folder `name`: one camera is to be scaled alike."""
-    if name not in DATASETS and made.get("sensor", split.sensor) != split.sensor:
-        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *made["sensor"])
-              + "if the camera is the same, pass --sensor {} {}".format(*made["sensor"]))
+    told = made.get("sensor") or split.sensor  # earlier checkpoints do not say
+    if name not in DATASETS and told != split.sensor:
+        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
+              + "if the camera is the same, pass --sensor {} {}".format(*told))
 
 
 def geometry(path):

@@ -259,7 +259,7 @@ def spike_figures(net, run, n, T):
 
 def figures(path, ckpt, args):
     """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
-    made, classes, name = ckpt["args"], ckpt["classes"], args.dataset or ckpt["args"]["dataset"]
+    made, classes, name = ckpt["args"], ckpt["classes"], os.path.normpath(args.dataset or ckpt["args"]["dataset"])
     own = name == made["dataset"]
     splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken,
                        args.sensor or (made.get("sensor") if own else None))

@@ -682,9 +682,10 @@ def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, cap
     assert part.sensor == [20, 15] and right.sensor == [40, 30]
     assert right.frames.shape[-1] == 40 and not right.frames[..., 20:].any() and not right.frames[..., 20:, :].any()
     capsys.readouterr()
-    for split in (part, right):
-        data.compare_sensors(dict(sensor=[40, 30]), tmp_path / "part", split)
-    assert capsys.readouterr().out.endswith("20 x 15 pixels, that of the checkpoint 40 x 30: if the camera is the same, pass --sensor 40 30\n")
+    for split, sensor in ((part, [40, 30]), (right, [40, 30]), (part, None)):
+        data.compare_sensors(dict(sensor=sensor), tmp_path / "part", split)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and out.endswith("20 x 15 pixels, that of the checkpoint 40 x 30: if the camera is the same, pass --sensor 40 30\n")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
