@@ -1,4 +1,4 @@
-"""The leaky integrate-and-fire (LIF) neuron, written once as its equations read, and its surrogate gradient.
+"""The leaky integrate-and-fire (LIF) neuron, written as its equations read, and its surrogate gradient.
 
 For every neuron and time step t, with input current x and membrane potential v (v = v_reset before the first step):
 
@@ -6,16 +6,16 @@ For every neuron and time step t, with input current x and membrane potential v 
     s[t] = 1 if h[t] >= v_threshold else 0                fire
     v[t] = v_reset if s[t] else h[t]                      reset
 
-The step function has no useful derivative; backward uses that of a scaled arctangent instead (Fang et al. 2021),
+The step function has no useful derivative; backward uses that of a scaled arctangent instead (Fang et al. 2021, PLIF),
 
     ds/dh ~ alpha / 2 / (1 + (pi/2 * alpha * (h - v_threshold))^2)
 
-and treats the reset as a constant (detached). These are the numbers of SpikingJelly 2.0.0's
+and treats the reset as a constant (detached). Spikes and gradients equal those of SpikingJelly 2.0.0's
 LIFNode(tau=2., detach_reset=True, surrogate_function=ATan(), step_mode='m').
 
 Shapes: currents [T, ...] -> spikes [T, ...], time first. The module keeps no state between calls: nothing to reset
 between batches, nothing of it in a checkpoint, and two encoders cannot disturb one another.
-Guarded by `python -m pytest test_all.py -k lif`.
+Tested by `python -m pytest test_all.py -k lif`.
 """
 import functools
 import math
@@ -31,14 +31,14 @@ def charge(v, x, tau, v_reset):
 
 
 def spikes_of(x, tau, v_threshold, v_reset, alpha):
-    """Currents x [T, N] -> spikes [T, N], 0 or 1 in x's dtype."""
+    """Currents x [T, N] of N neurons -> spikes [T, N], 0 or 1 in x's dtype. alpha is for gradient_of alone."""
     v = torch.full_like(x[0], v_reset, dtype=membrane_dtype(x))
     spikes = []
     for xt in x.unbind(0):
         h = charge(v, xt, tau, v_reset)
         s = h >= v_threshold
         v = torch.where(s, v_reset, h)
-        spikes.append(torch.where(s, 1.0, 0.0).to(x.dtype))  # s.to(dtype) would not vectorise: 170 ms for 11, compiled
+        spikes.append(torch.where(s, 1.0, 0.0).to(x.dtype))  # s.to() compiles to slower code: 170 ms, not 11
     return torch.stack(spikes)  # [T, N]
 
 
@@ -46,9 +46,9 @@ def gradient_of(x, g, tau, v_threshold, v_reset, alpha):
     """Currents x and the spikes' gradient g, both [T, N] -> the currents' gradient [T, N].
 
     The membrane is computed again from x, so x is all that a forward pass has to keep; then time runs backwards:
-        dL/dh[t]   = dL/ds[t] * ds/dh + (0 if s[t] else dL/dv[t])       gh; no later step follows the last: there dL/dv = 0
-        dL/dv[t-1] = dL/dh[t] * (1 - 1/tau)                             gv
-        dL/dx[t]   = dL/dh[t] / tau                                     gradient
+        gh: dL/dh[t]   = dL/ds[t] * ds/dh + (0 if s[t] else dL/dv[t])   with dL/dv = 0 after the last step
+        gv: dL/dv[t-1] = dL/dh[t] * (1 - 1/tau)
+            dL/dx[t]   = dL/dh[t] / tau
     """
     v = torch.full_like(x[0], v_reset, dtype=membrane_dtype(x))
     membrane = []
@@ -56,7 +56,7 @@ def gradient_of(x, g, tau, v_threshold, v_reset, alpha):
         h = charge(v, xt, tau, v_reset)
         membrane.append(h)
         v = torch.where(h >= v_threshold, v_reset, h)
-    gv = torch.zeros_like(v)  # [N]
+    gv = torch.zeros_like(v)  # [N], dL/dv after the last step
     gradient = []  # last step first
     for h, gs in zip(reversed(membrane), reversed(g.unbind(0))):
         surrogate = alpha / 2 / (1 + (math.pi / 2 * alpha * (h - v_threshold)) ** 2)
@@ -67,21 +67,22 @@ def gradient_of(x, g, tau, v_threshold, v_reset, alpha):
 
 
 def membrane_dtype(x):
-    """float32 at least: in bf16 or fp16 the leak would be lost in rounding."""
+    """float32 at least: in bf16 or fp16 small inputs would be lost in rounding."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 class LIF(nn.Module):
-    """A layer of LIF neurons without state: currents [T, ...] -> spikes [T, ...], in x's dtype and memory format.
+    """A stateless layer of LIF neurons: currents [T, ...] -> spikes [T, ...], in x's dtype and memory format.
 
     tau: membrane time constant in time steps (>= 1; 1: no memory); v_threshold, v_reset: in units of the membrane;
-    alpha: steepness of the surrogate gradient. Source: module docstring.
+    alpha: steepness of the surrogate gradient. Equations: module docstring.
     """
 
     def __init__(self, tau=2.0, v_threshold=1.0, v_reset=0.0, alpha=2.0):
         super().__init__()
         if tau < 1 or v_threshold <= v_reset:
-            raise ValueError(f"a LIF neuron needs tau >= 1 and v_threshold > v_reset, got {tau}, {v_threshold}, {v_reset}")
+            raise ValueError("a LIF neuron needs tau >= 1 and v_threshold > v_reset, "
+                             f"got {tau}, {v_threshold}, {v_reset}")
         self.constants = float(tau), float(v_threshold), float(v_reset), float(alpha)
 
     def forward(self, x):
@@ -91,7 +92,7 @@ class LIF(nn.Module):
         return "tau={}, v_threshold={}, v_reset={}, alpha={}".format(*self.constants)
 
 
-class _LIF(torch.autograd.Function):
+class _LIF(torch.autograd.Function):  # written by hand so that x is all it keeps
     @staticmethod
     def forward(ctx, x, constants):
         ctx.save_for_backward(x)
@@ -105,25 +106,26 @@ class _LIF(torch.autograd.Function):
 
 
 def per_neuron(pass_, constants, *tensors):
-    """One of the two passes above over tensors [T, ...] -> [T, ...] in the memory format of the first.
+    """spikes_of or gradient_of over tensors [T, ...] -> [T, ...], in the memory format of the first.
 
-    Neurons do not meet one another, so any memory format is a [T, N] matrix when read in the order of its bytes.
+    Neurons do not interact, so a tensor of any memory format is a [T, N] matrix when read in memory order.
     """
     x = tensors[0]
-    order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)  # time, then from the largest stride to the smallest
+    order = [0] + sorted(range(1, x.ndim), key=x.stride, reverse=True)  # time, then by stride, the largest first
     back = [order.index(i) for i in range(x.ndim)]  # the inverse permutation
     y = run(pass_, constants, *(t.permute(order).reshape(len(t), -1) for t in tensors))  # [T, N]
     return y.view([x.shape[i] for i in order]).permute(back)  # [T, ...]
 
 
-# Compiling takes about half a minute once a machine and seconds once a run, and makes a layer about 15 times faster: it starts
-# when this many currents have gone through, a tenth of a second of work, so that a test does not wait for it. None: never.
+# Compiling takes about half a minute the first time on a machine and seconds in every later run; it makes a layer some
+# 15 times faster. It starts once this many currents have gone through, a tenth of a second of work, so that tests do
+# not wait for it. None: never.
 COMPILE_AFTER = 2**23
-_work = 0
+_work = 0  # currents so far
 
 
 def run(pass_, constants, *tensors):
-    """One of the two passes above: fused into a single loop over the bytes by torch.compile where that pays."""
+    """Call pass_, spikes_of or gradient_of; once that pays, in torch.compile's version, a single fused loop."""
     global _work, COMPILE_AFTER
     if torch.compiler.is_compiling():  # an outer compiler fuses the plain function with its neighbours
         return pass_(*tensors, *constants)
@@ -134,13 +136,15 @@ def run(pass_, constants, *tensors):
         try:
             return fused(pass_, constants)(*tensors)
         except Exception as e:
-            warnings.warn(f"LIF runs uncompiled, slower with the same numbers: {str(e)[:200].strip().partition(chr(10))[0]}")
+            why = str(e).strip().split("\n")[0][:200]
+            warnings.warn(f"LIF layers run uncompiled: slower, with the same numbers ({why})")
             COMPILE_AFTER = None
     return pass_(*tensors, *constants)
 
 
 @functools.cache
 def fused(pass_, constants):
-    """pass_ compiled with its constants closed over: as arguments the compiler would make them variables, at half the speed."""
-    torch._dynamo.config.recompile_limit = 64  # for all LIFs together: passes x thresholds x T x types; past it they run uncompiled
+    """pass_ compiled, its constants closed over: as arguments they would become variables, at half the speed."""
+    # One limit for all LIFs together (passes x thresholds x T x dtypes); past it they run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(lambda *tensors: pass_(*tensors, *constants))

@@ -439,6 +439,14 @@ def test_models_block_that_keeps_little_computes_what_its_modules_do(pool, first
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("wrong", [0.5, -1.0, 256.0])
+def test_models_block_refuses_what_a_byte_cannot_hold(wrong):
+    x = torch.full((2, 2, 3, 8, 8), wrong)
+    with pytest.raises(ValueError, match="first=True"):
+        models.ConvLIF(3, 8, 3)(x)
+    models.ConvLIF(3, 8, 3, first=True)(x), models.ConvLIF(3, 8, 3).eval()(x)
+
+
 def test_models_block_keeps_its_output_before_batch_norm_and_its_input_in_bytes():
     block, kept = models.ConvLIF(4, 8, 3, pool=True), {}
 
@@ -1305,7 +1313,7 @@ def test_train_variants(shapes, tmp_path, capsys):
     assert not (tmp_path / "scratch" / "pretrained.pt").exists()
     capsys.readouterr()
     run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"), "--temperature", "3")
-    assert "warning: --temperature play no part" in capsys.readouterr().out
+    assert "warning: --temperature have no effect" in capsys.readouterr().out
     was, args = (torch.load(tmp_path / name / "finetuned.pt", weights_only=True)["args"] for name in ("a", "init"))
     assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # says how the encoder was made, not what flags say
     a, b = weights(tmp_path / "a" / "finetuned.pt"), weights(tmp_path / "init" / "finetuned.pt")
