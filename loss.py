@@ -15,6 +15,8 @@ code of the authors' circle (amazing-cls, TETMoCo) compares each step with the n
 step, MBC and MAC both have K negatives and so the same level of chance. At T = 1 both are plain InfoNCE.
 Tested by `python -m pytest test_all.py -k loss`.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -44,3 +46,8 @@ def mix_info_nce(q, k, queue, temperature, alpha, beta):
     mbc = info_nce(q.mean(0), k.mean(0), queue.mean(1), temperature)
     mac = info_nce(q, k, queue.transpose(0, 1), temperature)
     return alpha * mbc + beta * mac
+
+
+def chance(queue_size, alpha, beta):
+    """MixInfoNCE where a query is as near to each of K = queue_size negatives as to its own key."""
+    return (alpha + beta) * math.log(queue_size + 1)

@@ -44,7 +44,10 @@ class MoCo(nn.Module):
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
     def forward(self, view_q, view_k):
-        """Two views [T, B, 2, H, W] of the same recordings -> loss. First updates the key encoder, last the queue."""
+        """Two views, float [T, B, 2, H, W], of the same recordings -> loss. First updates the key encoder, last the queue.
+
+        Call it once a batch: a second call would meet the keys of the first as negatives.
+        """
         q = self.query(view_q)  # [T, B, dim]
         with torch.no_grad():
             self.momentum_update()

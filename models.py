@@ -40,9 +40,11 @@ class ConvLIF(nn.Module):
         self.lif = LIF()
 
     def forward(self, x):
-        # LeanConvLIF does without autocast and SyncBatchNorm (`engine`, train.py); a compiler picks what to keep.
+        # LeanConvLIF knows no autocast, and no other module in place of these; a compiler picks what to keep.
         plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if self.training and not plain and type(self.bn) is nn.BatchNorm2d:
+        parts = list(self.children())
+        own = {type(part) for part in parts} <= {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Identity, LIF}
+        if own and all(part.training for part in parts) and not plain:
             return LeanConvLIF.apply(x, self.conv.weight, self.bn.weight, self.bn.bias, self)
         current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C', H', W']
         return self.lif(current.unflatten(0, x.shape[:2]))  # [T, B, C', H', W']
@@ -80,7 +82,8 @@ class LeanConvLIF(torch.autograd.Function):
         if isinstance(ctx.block.pool, nn.MaxPool2d):
             flipped = (weight < 0).any()  # batch norm turns the least value of such a channel into the largest
             sign = torch.where(weight < 0, -1, 1)[:, None, None]
-            c, index = F.max_pool2d(c * sign if flipped else c, *POOL, return_indices=True)
+            size = ctx.block.pool.kernel_size, ctx.block.pool.stride, ctx.block.pool.padding
+            c, index = F.max_pool2d(c * sign if flipped else c, *size, return_indices=True)
             c = c * sign if flipped else c
         y = F.batch_norm(c, mean, var, weight, bias, eps=ctx.block.bn.eps)
         return y.unflatten(0, ctx.TB), c, index
@@ -96,9 +99,9 @@ class LeanConvLIF(torch.autograd.Function):
         g, gweight, gbias = aten.native_batch_norm_backward(
             g, picked, weight, mean, var, None, None, False, ctx.block.bn.eps, [True] * 3)  # False: both fixed
         if index is not None:
-            kernel_size, stride, padding = POOL
+            pool = ctx.block.pool
             g = aten.max_pool2d_with_indices_backward(  # [T*B, C, H, W]
-                g, c, [kernel_size], [stride], [padding], [1], False, index)  # dilation 1, no ceil_mode
+                g, c, [pool.kernel_size], [pool.stride], [pool.padding], [1], False, index)  # dilation 1, no ceil_mode
         # The gradient through mean and variance, for every value of c: slope * (c - mean) - weight * rstd * gbias / n.
         slope = -weight * rstd.square() * gweight / n
         g.addcmul_(c, slope[:, None, None]).sub_((weight * rstd * gbias / n + slope * mean)[:, None, None])

@@ -74,6 +74,8 @@ def membrane_dtype(x):
 class LIF(nn.Module):
     """A stateless layer of LIF neurons: currents [T, ...] -> spikes [T, ...], in x's dtype and memory format.
 
+    Time is the first axis alone: unflatten [T*B, ...] before it, or the membrane runs from one recording into the next.
+
     tau: membrane time constant in time steps (>= 1; 1: no memory); v_threshold, v_reset: in units of the membrane;
     alpha: steepness of the surrogate gradient. Equations: module docstring.
     """

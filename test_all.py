@@ -206,6 +206,7 @@ def test_loss_identities():
     assert mbc(*scaled) == pytest.approx(mbc(q, k, queue), rel=1e-4) and mac(*scaled) == pytest.approx(mac(q, k, queue), rel=1e-4)
     same = torch.ones(T, B, D), torch.ones(T, B, D), torch.ones(K, T, D)
     assert mbc(*same) == pytest.approx(math.log(K + 1)) == pytest.approx(mac(*same))  # nothing to tell apart: chance
+    assert loss.mix_info_nce(*same, 0.2, 0.5, 2.0).item() == pytest.approx(loss.chance(K, 0.5, 2.0))
 
 
 # --------------------------------------------------------------------------------------------------------------- moco
@@ -445,6 +446,32 @@ def test_models_block_refuses_what_a_byte_cannot_hold(wrong):
     with pytest.raises(ValueError, match="first=True"):
         models.ConvLIF(3, 8, 3)(x)
     models.ConvLIF(3, 8, 3, first=True)(x), models.ConvLIF(3, 8, 3).eval()(x)
+
+
+def test_models_block_runs_any_other_part_as_it_reads():
+    class PLIF(neuron.LIF):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return super().forward(x * self.w.sigmoid() * 4)
+
+    x = torch.randint(0, 4, (5, 2, 3, 8, 8)).float()
+    for part, other in (("lif", PLIF()), ("pool", torch.nn.AvgPool2d(2)), ("pool", torch.nn.MaxPool2d(2)),
+                        ("bn", torch.nn.BatchNorm2d(8).eval())):
+        torch.manual_seed(0)
+        block = models.ConvLIF(3, 8, 3, pool=True)
+        usual = block(x)
+        setattr(block, part, other)
+        plain = copy.deepcopy(block)
+        y = block(x)
+        expected = plain.lif(plain.pool(plain.bn(plain.conv(x.flatten(0, 1)))).unflatten(0, (5, 2)))
+        assert torch.equal(y, expected) and not torch.equal(y, usual)
+        y.sum().backward(), expected.sum().backward()
+        for a, b in zip(block.parameters(), plain.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    assert not block.bn.running_mean.any()  # of the frozen one
 
 
 def test_models_block_keeps_its_output_before_batch_norm_and_its_input_in_bytes():
@@ -1768,9 +1795,9 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
 def test_train_refuses_a_hostile_state(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
-    for change in [dict(epoch=-1), dict(epoch=1.5), dict(epoch="1"), dict(log=[{"x": 1}]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
+    for change in [dict(epoch=-1), dict(epoch=1.5), dict(epoch="1"), dict(log=[]), dict(log=[{"x": 1}]), dict(log=[["epoch"]]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
                    dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(model={k: v * math.nan for k, v in state["model"].items()})]:
-        torch.save(state | dict(epoch=1) | change, tmp_path / "a" / "state.pt")
+        torch.save(state | dict(epoch=1, log=state["log"][:1]) | change, tmp_path / "a" / "state.pt")
         line = answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--resume")
         assert "state.pt" in line
     assert not (tmp_path / "ran").exists()
@@ -1790,7 +1817,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(shapes, tmp_path, capsys, monk
     flags = ["--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--epochs", "3"]
     monkeypatch.setattr(train.F, "cross_entropy", broken)
     line = answer(capsys, *flags)
-    for part in ("step 2 of epoch 2", "learning rate 2.", "--lr 0.001", "state.pt"):
+    for part in ("step 2 of epoch 2", "learning rate 3.00e-03", "--lr 0.001", "state.pt"):
         assert part in line
     monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
     assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["epoch"] == 1 and not (tmp_path / "a" / "finetuned.pt").exists()
@@ -1804,7 +1831,7 @@ def test_train_warns_of_dead_spikes_and_of_a_collapse(capsys):
     encoder(torch.poisson(torch.ones(2, 64, 2, 16, 16)))
     frames = np.random.default_rng(0).poisson(1.0, (12, 2, 2, 16, 16)).astype(np.uint8)
     frames[::2, :, :, :8] = 0
-    split, run = data.Split(frames, np.zeros(12, int), ["a"]), types.SimpleNamespace(warned=set(), args=types.SimpleNamespace(batch_size=5, device="cpu"))
+    split, run = data.Split(frames, np.zeros(12, int), ["a"]), types.SimpleNamespace(warned=set(), args=types.SimpleNamespace(batch_size=5, device="cpu", n_frames=2))
     for m in encoder.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.momentum = 1.0
@@ -1821,6 +1848,8 @@ def test_train_warns_of_dead_spikes_and_of_a_collapse(capsys):
     torch.nn.init.constant_(encoder.stem[0].bn.bias, 1e3)  # every recording looks alike from here on
     train.look(run, encoder, split, 50), train.look(run, encoder, split, 50)
     assert capsys.readouterr().out.count("collapse") == 1
+    with pytest.raises(data.UserError, match="unflatten"):  # recordings one after another taken for time steps
+        train.look(run, torch.nn.Sequential(torch.nn.Flatten(0, 1), neuron.LIF()), split, 0)
 
 
 def mutant(raw, seed, head):

@@ -32,6 +32,7 @@ import data
 import models
 import neuron
 from eval import PRETRAINING, accuracy_line, autocast, knn_accuracy, load_checkpoint, over_split, read_checkpoint
+from loss import chance
 from moco import MoCo
 
 
@@ -163,17 +164,14 @@ def load_state(out):
     try:
         state = read_checkpoint(out / "state.pt")
         complete = {"phase", "epoch", "log", "args", "model", "optimizer", "schedule"} <= set(state)
-        if not complete or type(state["args"]) is not dict or any(list(row) != COLUMNS for row in state["log"]):
+        if not complete or {type(part) for part in (state["args"], *state["log"])} != {dict}:
             raise ValueError
-        if type(state["epoch"]) is not int or state["epoch"] < 1:
+        if type(state["epoch"]) is not int or not 0 < state["epoch"] == state["log"][-1]["epoch"]:
             raise ValueError
         return state
     except Exception:
         raise data.UserError(f"--resume: {out / 'state.pt'} is missing or damaged: "
                              f"choose another --out, or pass --init {out / 'pretrained.pt'}")
-
-
-COLUMNS = ["phase", "epoch", "loss", "accuracy", "lr", "knn", "seconds"]
 
 
 class Run:
@@ -196,7 +194,7 @@ class Run:
             self.write_log()  # it may lack the last row: see fit
 
     def check_flags(self):
-        """UserError if the run to resume was made with other flags. Called again once the data, and so sizes, are known."""
+        """UserError if the run to resume was made with other flags. Called again once the data are known."""
         free, other = ("out", "resume", "device", "root", "no_compile", "pretrained_on"), []
         for name, was in self.state["args"].items() if self.state else ():
             now = getattr(self.args, name, was)
@@ -216,9 +214,10 @@ class Run:
                 f.write(held.getbuffer())
 
     def write_log(self):
+        columns = self.log[-1].keys()
         if processes()[0] == 0:
             with data.whole(self.out / "log.csv") as f:
-                for row in (COLUMNS, *(row.values() for row in self.log)):
+                for row in (columns, *([row.get(column, "") for column in columns] for row in self.log)):
                     f.write((",".join(map(str, row)) + "\n").encode())
 
 
@@ -256,6 +255,8 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     args, start, (rank, world) = run.args, 0, processes()
     sizes = batch_sizes(split, args)
     steps = len(sizes)
+    if epochs * steps < 50:
+        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's running statistics: kNN and test may fail")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
@@ -265,7 +266,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             if any(v.ndim and v.shape != p.shape for p, kept in optimizer.state.items() for v in kept.values()):
                 raise ValueError
         except Exception:
-            raise data.UserError(f"--resume: {run.out / 'state.pt'} does not fit this network: choose another --out")
+            raise data.UserError(f"--resume: {run.out / 'state.pt'} is of another network or optimiser: choose another --out")
     hidden = True if rank else None  # None: shown on a terminal only
     with tqdm(total=epochs * steps, initial=start * steps, desc=phase, mininterval=0.5, disable=hidden,
               bar_format="{desc} {percentage:.0f} %, {elapsed}, {remaining} left") as bar:
@@ -290,7 +291,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             if world > 1:
                 dist.all_reduce(seen)
             seen = seen.cpu()  # the first wait for the device in an epoch (but SyncBatchNorm's own)
-            check_finite(run, phase, epoch, seen[:, 0], model, schedule)
+            check_finite(run, phase, epoch, seen[:, 0], model, rate, lr)
             loss, accuracy = seen.mean(0).tolist()
             knn = watch((epoch + 1) * steps) if (epoch + 1) % max(1, epochs // 10) == 0 else None
             row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", lr=f"{rate:.2e}",
@@ -303,20 +304,17 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             run.write_log()  # after the state, which holds it too: a stop between the two loses nothing
 
 
-def check_finite(run, phase, epoch, losses, model, schedule):
+def check_finite(run, phase, epoch, losses, model, rate, peak):
     """Stop before an epoch whose losses, or weights at its end, are not finite replaces the last good state."""
     broken = (~losses.isfinite()).nonzero().flatten().tolist()  # steps
     if not broken and torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
         return
     i = broken[0] if broken else len(losses) - 1
-    peak, flag, also = schedule.base_lrs[0], "--lr", ""
-    if phase == "pretrain":
-        flag, also = "--pretrain-lr", " or a higher --temperature"
+    flag, also = ("--pretrain-lr", " or a higher --temperature") if phase == "pretrain" else ("--lr", "")
     kept = f"{run.out / 'state.pt'} keeps the epoch before" if run.log else "no epoch was whole"
-    rate = peak * schedule.lr_lambdas[0](epoch * len(losses) + i)
     raise data.UserError(
         f"{phase}: loss or weights are no longer finite (loss {losses[i]:g}) at step {i + 1} of epoch {epoch + 1}, "
-        f"learning rate {rate:.2e}: start again with {flag} {peak / 3:.1g}{also}; {kept}")
+        f"learning rate {rate:.2e} at its start: start again with {flag} {peak / 3:.1g}{also}; {kept}")
 
 
 def engine(model, args):
@@ -348,7 +346,13 @@ def subset(split):
 def look(run, encoder, split, done):
     """Features [N, D] of a split after `done` steps. Warns, once a run, of dead neurons and of features all alike."""
     rates, found = defaultdict(list), {}
-    hooks = [layer.register_forward_hook(lambda _, __, spikes, name=name: rates[name].append(spikes.float().mean()))
+
+    def see(name, spikes):
+        if len(spikes) != run.args.n_frames:
+            raise data.UserError(f"{name}: gets {len(spikes)} time steps, not {run.args.n_frames}: unflatten T*B first")
+        rates[name].append(spikes.float().mean())
+
+    hooks = [layer.register_forward_hook(lambda _, __, spikes, name=name: see(name, spikes))
              for name, layer in encoder.named_modules() if isinstance(layer, neuron.LIF)]
     features = over_split(encoder, split, run.args.batch_size, run.args.device)
     for hook in hooks:
@@ -387,8 +391,8 @@ def pretrain(run, train, encoder):
             return None
         return knn_accuracy(features[~query], seen.labels[~query], features[query], seen.labels[query])
 
-    chance = (args.alpha + args.beta) * math.log(args.queue_size + 1)
-    print(f"the contrastive loss at the level of chance is {chance:.3f}, (alpha + beta) log(K + 1)")
+    level = chance(args.queue_size, args.alpha, args.beta)
+    print(f"the contrastive loss at the level of chance is {level:.3f}, (alpha + beta) log(K + 1)")
     if args.queue_size >= len(train.labels):
         print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: positives return "
               f"as negatives; --queue-size {len(train.labels) // 4 + 1} may do better")
