@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -167,54 +168,56 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most), and its
     sensor (W, H) to as far as its events reach.
     Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
-    made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in numerical
-    order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out recordings that
-    their reader or check_events refuses; the others stay in the split they are in. Raises UserError.
+    made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in
+    numerical order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out
+    recordings that their reader or check_events refuses; the others stay in the split they are in. Raises UserError.
     """
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
-    # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or "toy:...";
-    # known: the sensor (W, H), None of a folder
+    # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or
+    # "toy:..."; known: the sensor (W, H), None of a folder
     if name == "toy":
         recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
         recordings, classes, read, known = tonic_recordings(name, root)
     else:
         recordings, classes, read, known = folder_recordings(Path(name).expanduser())
-    sensor = known or sensor
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
 
-    def path_of(size, sensor):
-        made_from = repr((FORMAT, recordings, stamps, n_frames, size, skip_broken, sensor and tuple(sensor)))
-        mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # paths may hold bytes that are no UTF-8
-        return root / "frames" / f"{Path(name).name}-{n_frames}-{mark}.npy"
+    def path_of(suffix, *settings):
+        """Where what these recordings give at these settings is kept."""
+        made_from = repr((FORMAT, recordings, stamps, skip_broken, settings))
+        mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # names may be no UTF-8
+        return root / "frames" / f"{Path(name).name}-{mark}{suffix}"
 
-    path, guessed = path_of(size, sensor), path_of(row["image_size"], None)
-    if sensor and guessed.exists() and geometry(guessed) == [*sensor, size]:  # the first run guessed what later ones are told
-        path = guessed
-    if not path.exists():
-        with lock(path.parent, wait=True):
-            if not path.exists():  # another run may have made them
-                cache(path, recordings, read, n_frames, sensor, size, skip_broken)
-    try:
-        states = [line.split("\t")[0] for line in path.with_suffix(".tsv").read_text("utf-8", "surrogateescape").splitlines()[1:]]
-        good = [r for r, state in zip(recordings, states, strict=True) if state != "broken"]
-        frames = np.load(path, mmap_mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
-        if len(frames) != len(good) or not set(states) <= {"train", "test", "broken"}:
-            raise ValueError
-        sensor = geometry(path)[:2]
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
+    sensor = known or sensor
+    if not sensor:
+        guess = path_of(".sensor")
+        sensor = kept(guess, lambda: guess_sensor(guess, recordings, read, skip_broken), lambda: json.loads(guess.read_text()))
+    size = size or min(128, max(8, *sensor))
+    path = path_of(".frames", n_frames, tuple(sensor), size)
+    good, frames = kept(path, lambda: make_frames(path, recordings, read, n_frames, sensor, size, skip_broken),
+                        lambda: read_frames(path, recordings, n_frames, size))
     if len(good) < len(recordings):
         print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: "
               f"{path.with_suffix('.tsv')} says why")
     labels = np.array([classes.index(cls) for _, cls, _ in good])
     n = sum(split == "train" for split, _, _ in good)
-    if not 0 < n < len(good):
-        raise UserError(f"{name}: every recording to {'test' if n else 'train'} on is broken: see {path.with_suffix('.tsv')}")
-    return Split(frames[:n], labels[:n], classes, sensor), Split(frames[n:], labels[n:], classes, sensor)
+    return Split(frames[:n], labels[:n], classes, list(sensor)), Split(frames[n:], labels[n:], classes, list(sensor))
+
+
+def kept(path, make, read):
+    """What read() finds in `path`, which make() writes if it is not there: in one process, for which others wait."""
+    if not path.exists():
+        with lock(path.parent, wait=True):
+            if not path.exists():  # another process may have made it
+                make()
+    try:
+        return read()
+    except (OSError, ValueError):
+        raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
 
 
 def compare_sensors(made, name, split):
@@ -223,12 +226,6 @@ def compare_sensors(made, name, split):
     if name not in DATASETS and told != split.sensor:
         print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
               + "if the camera is the same, pass --sensor {} {}".format(*told))
-
-
-def geometry(path):
-    """[W, H, size] of the frames in `path`, as the first line of the list beside it says; None if it does not."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(path.with_suffix(".tsv"), errors="surrogateescape") as f:
-        return [int(n) for n in f.readline().split("\t")[4].split()[::2]]
 
 
 def recipe(name):
@@ -270,63 +267,70 @@ def split_by_class(recordings):
     return split
 
 
-def cache(path, recordings, read, n_frames, sensor, size, skip_broken):
-    """Write the frames of all recordings to the .npy file `path` and, as .tsv beside it, which of them is in which split or broken.
-
-    Rows are appended one by one to a file that gets its name when it is complete: nothing that stops it leaves zeros to train on.
-    Every recording is tried; then a UserError names the broken ones, unless they are to be skipped.
-    """
+def guess_sensor(path, recordings, read, skip_broken):
+    """Write to `path` the smallest sensor, W and H, that holds the events of all recordings."""
     broken, keys = {}, [key for _, _, key in recordings]
-    if not sensor:
-        corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
-        check_broken(broken, len(keys), skip_broken)
-        sensor = np.max(list(corners.values()), 0).tolist()
-        farthest = max(corners, key=lambda key: max(corners[key]))
-        if max(sensor) > 2 * np.median([max(c) for c in corners.values()]):  # a wrong byte would shrink all others into a corner
-            print(f"warning: sensor of {sensor[0]} x {sensor[1]} pixels, for events of {farthest} lie that far out, "
-                  "most others' not half so far")
-    size = size or min(128, max(8, *sensor))
-    need, free = len(keys) * n_frames * 2 * size * size, shutil.disk_usage(path.parent).free
-    if need > free:
-        raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: choose another --root")
-
-    def header(f, n):  # of one length for every n: NumPy leaves room for it to grow
-        np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, n_frames, 2, size, size)))
-
-    make, left = functools.partial(make_frames, read, n_frames, sensor, size), [key for key in keys if key not in broken]
-    with whole(path) as f, contextlib.closing(parallel(make, left, f"frames {n_frames} x {size} x {size}", broken)) as made:
-        header(f, len(keys))
-        for _, frames in made:
-            f.write(frames)
-        check_broken(broken, len(keys), skip_broken)
-        f.seek(0)
-        header(f, len(keys) - len(broken))
-        with whole(path.with_suffix(".tsv")) as tsv:
-            rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
-            for row in [("split", "class", "recording", "why broken", f"{sensor[0]} x {sensor[1]} to {size}"), *rows]:
-                line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
-                tsv.write(f"{line}\n".encode(errors="surrogateescape"))
-
-
-def check_broken(broken, total, skip_broken):
-    """Raise a UserError that names up to 20 broken recordings and why, unless they are to be skipped and others are left."""
-    if not broken or skip_broken and len(broken) < total:
-        return
-    lines = [f"{key}: cannot be read ({why})" for key, why in list(broken.items())[:20]]
-    if len(broken) > 20:
-        lines.append(f"and {len(broken) - 20} more")
-    raise UserError(f"{len(broken)} of {total} recordings are broken: fetch them again, remove them, or leave them out with --skip-broken:"
-                    + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines))
-
-
-def make_frames(read, n_frames, sensor, size, key):
-    return to_frames(check_events(read(key)), n_frames, sensor, size)
+    corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
+    check_broken(broken, recordings, skip_broken)
+    width, height = np.max(list(corners.values()), 0).tolist()
+    farthest = max(corners, key=lambda key: max(corners[key]))
+    print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
+    with whole(path) as f:
+        f.write(json.dumps([width, height]).encode())
 
 
 def corner(read, key):
     """The smallest sensor (W, H) that holds a recording's events."""
     events = check_events(read(key))
     return int(events["x"].max()) + 1, int(events["y"].max()) + 1
+
+
+def make_frames(path, recordings, read, n_frames, sensor, size, skip_broken):
+    """Write the frames of all recordings, uint8 [N, T, 2, size, size] and nothing else, to `path`, and which recordings are in
+    which split or broken to a .tsv beside it.
+
+    Rows are appended one by one to a file that gets its name when it is complete: nothing that stops it leaves zeros to train
+    on. Every recording is tried; then a UserError names the broken ones, unless they are to be skipped.
+    """
+    broken, keys = {}, [key for _, _, key in recordings]
+    need = len(keys) * n_frames * 2 * size * size
+    if need > shutil.disk_usage(path.parent).free:
+        raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, more than are free: choose another --root")
+    frames_of = functools.partial(read_to_frames, read, n_frames, sensor, size)
+    with whole(path) as f:
+        for _, frames in parallel(frames_of, keys, f"frames {n_frames} x {size} x {size}", broken):
+            f.write(frames)
+        check_broken(broken, recordings, skip_broken)
+        rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
+        with whole(path.with_suffix(".tsv")) as tsv:
+            for row in [("split", "class", "recording", "why broken"), *rows]:
+                line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
+                tsv.write(f"{line}\n".encode(errors="surrogateescape"))
+
+
+def read_frames(path, recordings, n_frames, size):
+    """-> the recordings that are not broken, their frames; ValueError if the list and the frames do not match."""
+    lines = path.with_suffix(".tsv").read_text("utf-8", "surrogateescape").splitlines()[1:]
+    good = [r for r, line in zip(recordings, lines, strict=True) if line.startswith(f"{r[0]}\t")]
+    frames = np.memmap(path, mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
+    return good, frames.reshape(len(good), n_frames, 2, size, size)
+
+
+def read_to_frames(read, n_frames, sensor, size, key):
+    return to_frames(check_events(read(key)), n_frames, sensor, size)
+
+
+def check_broken(broken, recordings, skip_broken):
+    """Raise a UserError that names up to 20 broken recordings and why, unless they are to be skipped and enough are left."""
+    left = {split for split, _, key in recordings if key not in broken}
+    if not broken or skip_broken and left == {"train", "test"}:
+        return
+    remedy = "for none is left to train or to test on" if skip_broken else "or leave them out with --skip-broken"
+    lines = [f"{key}: cannot be read ({why})" for key, why in broken.items()]
+    if len(lines) > 20:
+        lines[20:] = [f"and {len(lines) - 20} more"]
+    head = f"{len(broken)} of {len(recordings)} recordings are broken: fetch them again, remove them, {remedy}:"
+    raise UserError((" " if len(lines) == 1 else "\n  ").join([head, *lines]))
 
 
 def check_events(events):

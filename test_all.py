@@ -660,7 +660,8 @@ def test_data_folder_says_what_it_leaves_out(tmp_path, capsys):
     data.load(tmp_path / "own", tmp_path / "root", 2)
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines[0].partition("passed over ")[2].split(", ")) == ["1 .hidden", "1 .txt", "2 .h5"]
-    assert lines[1] == f"warning: {tmp_path / 'own'}: not both to train and to test on: class b, c" and len(lines) == 2
+    assert lines[1] == f"warning: {tmp_path / 'own'}: not both to train and to test on: class b, c"
+    assert lines[2].startswith("sensor: 12 x 9 pixels") and len(lines) == 3
     for file in tmp_path.rglob("*.npy"):
         file.unlink()
     with pytest.raises(data.UserError, match="of other kinds: .*2 .h5"):
@@ -675,9 +676,9 @@ def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, cap
     whole = made("whole", (40, 30))
     assert whole.sensor == [40, 30] and whole.frames.shape[-1] == 40
     again = made("whole", (40, 30))  # written anew, and so made anew
-    frames = sorted((tmp_path / "root" / "frames").glob("whole*.npy"))
+    frames = sorted((tmp_path / "root" / "frames").glob("whole*.frames"))
     told = data.load(tmp_path / "whole", tmp_path / "root", 2, size=40, sensor=[40, 30])[0]
-    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.npy")) == frames  # the same file
+    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.frames")) == frames  # the same file
     part, right = made("part", (20, 15)), made("part", (20, 15), sensor=(40, 30), size=40)
     assert part.sensor == [20, 15] and right.sensor == [40, 30]
     assert right.frames.shape[-1] == 40 and not right.frames[..., 20:].any() and not right.frames[..., 20:, :].any()
@@ -708,7 +709,7 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
         for frames, label, (c, i) in zip(split.frames, split.labels, keys):
             assert np.array_equal(frames, slow_frames(made[c, i], 3, (12, 9), 12)) and label == "ab".index(c)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}
-    assert sorted(p.suffix or p.name for p in stamps) == [".npy", ".tsv", "lock"]
+    assert sorted(p.suffix or p.name for p in stamps) == [".frames", ".sensor", ".tsv", "lock"]
     data.load(tmp_path / "own", tmp_path / "root", 3)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # read again, not made again
     WRITERS[suffix](tmp_path / "own" / ("Train" if parts else "") / "a" / f"r0{suffix}", recording(77))
@@ -1322,6 +1323,7 @@ def test_train_variants(shapes, tmp_path, capsys):
 
 def test_train_labels_per_class(shapes, tmp_path, capsys):
     split = data.load(shapes, tmp_path, 2)[0]
+    assert capsys.readouterr().out.startswith("sensor: 32 x 32")
     few, again, other = (train.labelled(split, 4, seed) for seed in (0, 0, 1))
     assert few.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert np.array_equal(few.frames, again.frames) and not np.array_equal(few.frames, other.frames)
@@ -1532,7 +1534,7 @@ def test_train_on_a_full_disk(shapes, tmp_path, capsys):
             return answer(capsys, *flags)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ".npy: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.npy")] and not [*tmp_path.rglob("*.tsv")]
+    assert ".frames: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.frames")] and not [*tmp_path.rglob("*.tsv")]
     data.load(shapes, tmp_path / "root", 2, 16)
     assert "state.pt: cannot be written" in full(50_000) and not (tmp_path / "cut" / "state.pt").exists()
     assert "finetuned.pt" not in full((tmp_path / "root").stat().st_size + 120_000) and not [*tmp_path.rglob("*.part")]
@@ -1548,7 +1550,7 @@ def test_two_runs_keep_out_of_each_others_way(shapes, tmp_path, capsys):
                              f"({str(tmp_path / 'a')!r}, {str(tmp_path / 'root' / 'frames')!r})]; print(0, flush=True); input()"],
                             cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
-    half = tmp_path / "root" / "frames" / "half.npy.1.part"
+    half = tmp_path / "root" / "frames" / "half.frames.1.part"
     half.write_bytes(b"half")
     assert "another run" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY)
     threading.Timer(1, held.kill).start()
@@ -1564,7 +1566,7 @@ def test_data_two_starts_on_one_root(shapes, tmp_path):
     first, second = (p.communicate()[0].splitlines()[-1] for p in both)
     train_set, test_set = data.load(shapes, tmp_path, 2, 16)
     assert first == second == f"{train_set.frames.sum()} {len(test_set.labels)}"
-    assert sorted(p.suffix or p.name for p in (tmp_path / "frames").iterdir()) == [".npy", ".tsv", "lock"]
+    assert sorted(p.suffix or p.name for p in (tmp_path / "frames").iterdir()) == [".frames", ".sensor", ".tsv", "lock"]
 
 
 def crash(key):
@@ -1639,7 +1641,7 @@ def test_data_truncated_npy_is_called_truncated(tmp_path):
         data.load(tmp_path / "own", tmp_path / "root", 2)
 
 
-def test_data_damaged_list_of_frames_is_called_damaged(tmp_path):
+def test_data_damaged_cache_is_called_damaged(tmp_path):
     own = tmp_path / "²"  # a digit to str.isdigit, none to int
     for c, i in itertools.product(["a", "b²"], range(4)):
         write_npy(own / c / f"r3²{i}.npy", recording(60, seed=i))
@@ -1651,6 +1653,13 @@ def test_data_damaged_list_of_frames_is_called_damaged(tmp_path):
         with pytest.raises(data.UserError, match="is damaged: remove it"):
             data.load(own, tmp_path / "root", 2)
     listing.write_bytes(raw)
+    for suffix in (".frames", ".sensor"):
+        file = next((tmp_path / "root" / "frames").glob(f"*{suffix}"))
+        raw = file.read_bytes()
+        file.write_bytes(raw[: len(raw) // 2])
+        with pytest.raises(data.UserError, match="is damaged: remove it"):
+            data.load(own, tmp_path / "root", 2)
+        file.write_bytes(raw)
     assert np.array_equal(data.load(own, tmp_path / "root", 2)[0].frames, good[0].frames)
     with pytest.raises(data.UserError, match="neither a folder"):
         data.load(tmp_path / "none", tmp_path / "root")
@@ -1843,7 +1852,7 @@ def read_mutant(raw, suffix, folder, seed):
     import resource
     path, before = f"{folder}/{os.getpid()}{suffix}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(path).write_bytes(mutant(raw, seed, 1000 if suffix == ".aedat4" else 150))
-    frames = data.make_frames(data.read_file, 4, (128, 128), 32, path)
+    frames = data.read_to_frames(data.read_file, 4, (128, 128), 32, path)
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 300_000:
         raise MemoryError
     return frames.shape
