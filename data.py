@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import zipfile
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -430,16 +429,16 @@ def folder_recordings(folder):
     else:
         recordings = split_by_class(inside(folder))
     passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
-    classes = {split: {cls for part, cls, _ in recordings if part == split} for split in ("train", "test")}
-    for split, found in classes.items():
-        if not found:
-            raise UserError(f"{folder}: no recordings to {split} on: expected <class>/<recording> or Train|Test/<class>/<recording>, "
-                            f"each a {', '.join(READERS)} file, and at least two in a class; of other kinds: {passed or 'none'}")
+    trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
+    if not (trained and tested):
+        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> or "
+                        f"Train|Test/<class>/<recording>, each a {', '.join(READERS)} file, and at least two in a class; "
+                        f"of other kinds: {passed or 'none'}")
     if others:
         print(f"{folder}: passed over {passed}")
-    if odd := sorted(classes["train"] ^ classes["test"], key=natural):
+    if odd := sorted(trained ^ tested, key=natural):
         print(f"warning: {folder}: not both to train and to test on: class {', '.join(odd)}")
-    return recordings, sorted(set.union(*classes.values()), key=natural), read_file, None
+    return recordings, sorted(trained | tested, key=natural), read_file, None
 
 
 def read_file(path):
@@ -464,7 +463,7 @@ def read_aedat4(path):
     claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the file ends.
     Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes of stream, 4 of size.
     """
-    import aedat
+    import tonic
     raw = Path(path).read_bytes()
 
     def number(at, size=4):
@@ -478,79 +477,83 @@ def read_aedat4(path):
         at += 8 + max(number(at + 4), 0)
     if at != (end if end >= 0 else len(raw)):
         raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end if end >= 0 else len(raw)}")
-    decoder = aedat.Decoder(path)
-    streams = {i: stream for i, stream in decoder.id_to_stream().items() if stream["type"] == "events"}
-    packets = [packet["events"] for packet in decoder if packet["stream_id"] == min(streams)]
-    events = np.concatenate(packets) if packets else np.empty(0, "u8, u2, u2, ?")
+    events = tonic.io.read_aedat4(path)
     events.dtype.names = "t", "x", "y", "p"
-    width, height = (streams[min(streams)][side] for side in ("width", "height"))
-    if len(events) and not (events["x"].max() < width and events["y"].max() < height):
-        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels that the file names")
     return events
 
 
 READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": np.load}
 
-# tonic's class, its sensor, how many recordings there are, addresses to mend. Those of figshare in tonic 1.7.0 answer 202 with
-# nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
+
+def read_caltech(path):
+    """A recording of N-Caltech101, moved to the corner, as tonic does: each has a size of its own."""
+    events = read_bin(path)
+    for side in "xy":
+        events[side] -= events[side].min()
+    return events
+
+
+def read_gesture(path):
+    """A recording of DVS128 Gesture as tonic keeps it: integers [events, 4], which are x, y, polarity and ms."""
+    return np.rec.fromarrays(np.load(path).T, names="x,y,p,t")
+
+
+# tonic's class, its sensor, how many recordings there are, their reader, addresses to mend. Those of figshare in tonic 1.7.0
+# answer 202 with nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
 FIGSHARE = "https://api.figshare.com/v2/file/download/"
 TONIC = {
-    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, dict(url=FIGSHARE + "38023437")),
-    "dvsgesture": ("DVSGesture", (128, 128), 1_341, dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
-    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, {}),  # the largest; SpikingJelly's frames have that size too
-    "nmnist": ("NMNIST", (34, 34), 70_000, {}),
+    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
+    "dvsgesture": ("DVSGesture", (128, 128), 1_341, read_gesture,
+                   dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
+    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_caltech, {}),  # the largest; SpikingJelly's size of frames too
+    "nmnist": ("NMNIST", (34, 34), 70_000, read_bin, {}),
 }
 
 
 def tonic_recordings(name, root):
     """A public data set through tonic's own class, which downloads what is missing, checks its md5 and extracts it."""
     import tonic
-    class_name, sensor, total, addresses = TONIC[name]
+    class_name, sensor, total, read, addresses = TONIC[name]
     tonic_class = getattr(tonic.datasets, class_name)
     for attribute, address in addresses.items():
         setattr(tonic_class, attribute, address)
-    tonic.download_utils._ARCHIVE_EXTRACTORS |= {".zip": extract, ".tar": extract}
+    tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
     official = hasattr(tonic_class, "train_url")
     recordings = []
     for split in ("train", "test") if official else (None,):
+        options = {"train": split == "train"} if official else {}
         dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                options = {"train": split == "train"} if official else {}
                 dataset.__init__(str(root), **options)
                 inner = list(Path(dataset.location_on_system).rglob("Caltech101.zip"))
                 if inner and not dataset.data:  # N-Caltech101's archive holds another, which tonic leaves as it is
                     tonic.download_utils.extract_archive(str(inner[0]), dataset.location_on_system)
                     dataset.__init__(str(root), **options)
+            if not dataset.data:
+                raise ValueError(f"no recordings in {dataset.location_on_system}, which is to be removed")
         except Exception as e:
-            raise UserError(f"{name} is not under {root} and cannot be downloaded ({type(e).__name__}: {e}): fetch {dataset.url} "
-                            f"(md5 {dataset.file_md5}), put it at {os.path.join(dataset.location_on_system, dataset.filename)}, run again")
-        if not dataset.data:
-            raise UserError(f"{name}: no recordings in {dataset.location_on_system}: remove that folder, so that it is fetched anew")
+            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): fetch {dataset.url} "
+                            f"(md5 {dataset.file_md5}), put it at {dataset.location_on_system}/{dataset.filename}, run again")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
         names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
         recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
     if len(recordings) < total:
-        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; "
-              f"to extract all of them again, remove the folders (not the archives) in {dataset.location_on_system}")
-    dataset.data, dataset.targets = [], []
-    recordings = recordings if official else split_by_class([r[1:] for r in recordings])
-    return recordings, classes, read_file if name in ("cifar10dvs", "nmnist") else functools.partial(read_tonic, dataset), sensor
+        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them again, "
+              f"remove the folders (not the archives) in {dataset.location_on_system}")
+    if not official:
+        recordings = split_by_class([(cls, path) for _, cls, path in recordings])
+    return recordings, classes, read, sensor
 
 
-def extract(path, folder, _):
-    """In place of tonic's two, which let entries and links leave the folder; Python 3.11.2 has no filter to ask for."""
-    zipped = str(path).endswith(".zip")
-    with zipfile.ZipFile(path) if zipped else tarfile.open(path) as archive:
-        for name in archive.namelist() if zipped else (name for member in archive for name in (member.name, member.linkname)):
+def extract_tar(path, folder, _):
+    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile
+    keeps entries inside by itself.)"""
+    with tarfile.open(path) as archive:
+        for name in (name for member in archive for name in (member.name, member.linkname)):
             if name.startswith("/") or ".." in Path(name).parts:
                 raise ValueError(f"its entry {name} points outside the folder")
         archive.extractall(folder)
-
-
-def read_tonic(dataset, path):
-    dataset.data, dataset.targets = [path], [0]  # tonic reads by index, in an order that differs between machines
-    return dataset[0][0]
 
 
 # The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
