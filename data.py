@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import tarfile
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -101,10 +101,10 @@ def whole(path):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder; what it held before is whole")
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder; "
+                        "what it held before is whole")
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def lock(folder, wait=False):
@@ -162,8 +162,8 @@ def to_frames(events, n_frames, sensor_size, size):
 def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None):
     """The data set called `name`, or the folder of recordings at that path -> (train, test), each a Split.
 
-    name: "toy" | "cifar10dvs" | "dvsgesture" | "ncaltech101" | "nmnist", downloaded by tonic into `root` if missing, or a
-    folder laid out as FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording> (.bin, .aedat4, .npy).
+    name: a row of DATASETS, downloaded by tonic into `root` if missing, or a folder laid out as FOLDER/<class>/<recording> or
+    FOLDER/Train|Test/<class>/<recording> (.bin, .aedat4, .npy).
     n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most), and its
     sensor (W, H) to as far as its events reach.
     Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
@@ -174,7 +174,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
     # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or
-    # "toy:..."; known: the sensor (W, H), None of a folder
+    # "toy:<seed>:<number>"; known: the sensor (W, H), None of a folder
     if name == "toy":
         recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
@@ -191,24 +191,17 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
         mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # names may be no UTF-8
         return root / "frames" / f"{Path(name).name}-{mark}{suffix}"
 
-    sensor = known or sensor
-    if not sensor:
-        guess = path_of(".sensor")
-        sensor = kept(guess, lambda: guess_sensor(guess, recordings, read, skip_broken), lambda: json.loads(guess.read_text()))
+    sensor = list(known or sensor or guess_sensor(path_of(".sensor"), recordings, read, skip_broken))
     size = size or min(128, max(8, *sensor))
-    path = path_of(".frames", n_frames, tuple(sensor), size)
-    good, frames = kept(path, lambda: make_frames(path, recordings, read, n_frames, sensor, size, skip_broken),
-                        lambda: read_frames(path, recordings, n_frames, size))
-    if len(good) < len(recordings):
-        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: "
-              f"{path.with_suffix('.tsv')} says why")
+    path = path_of(".frames", n_frames, sensor, size)
+    good, frames = frames_of(path, recordings, read, n_frames, sensor, size, skip_broken)
     labels = np.array([classes.index(cls) for _, cls, _ in good])
     n = sum(split == "train" for split, _, _ in good)
-    return Split(frames[:n], labels[:n], classes, list(sensor)), Split(frames[n:], labels[n:], classes, list(sensor))
+    return Split(frames[:n], labels[:n], classes, sensor), Split(frames[n:], labels[n:], classes, sensor)
 
 
 def kept(path, make, read):
-    """What read() finds in `path`, which make() writes if it is not there: in one process, for which others wait."""
+    """What read() finds in the file `path`, which make() writes if it is not there: in one process, for which others wait."""
     if not path.exists():
         with lock(path.parent, wait=True):
             if not path.exists():  # another process may have made it
@@ -256,26 +249,27 @@ def natural(name):
 def split_by_class(recordings):
     """[(class, key)] -> [(split, class, key)]: of n recordings of a class, in natural order, the last n // 10 (at least 1 of 2)
     are for the test. Depends on nothing but the names."""
-    by_class = defaultdict(list)
+    total, seen, split = Counter(cls for cls, _ in recordings), Counter(), []
     for cls, key in sorted(recordings, key=lambda r: natural(r[1])):
-        by_class[cls].append(key)
-    split = []
-    for cls, keys in by_class.items():
-        n_test = max(len(keys) // 10, int(len(keys) > 1))
-        split += [("train" if i < len(keys) - n_test else "test", cls, key) for i, key in enumerate(keys)]
+        n = total[cls]
+        split.append(("train" if seen[cls] < n - max(n // 10, n > 1) else "test", cls, key))
+        seen[cls] += 1
     return split
 
 
 def guess_sensor(path, recordings, read, skip_broken):
-    """Write to `path` the smallest sensor, W and H, that holds the events of all recordings."""
-    broken, keys = {}, [key for _, _, key in recordings]
-    corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
-    check_broken(broken, recordings, skip_broken)
-    width, height = np.max(list(corners.values()), 0).tolist()
-    farthest = max(corners, key=lambda key: max(corners[key]))
-    print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
-    with whole(path) as f:
-        f.write(json.dumps([width, height]).encode())
+    """The smallest sensor [W, H] that holds the events of all recordings, kept in `path`."""
+    def make():
+        broken, keys = {}, [key for _, _, key in recordings]
+        corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
+        check_broken(broken, recordings, skip_broken)
+        width, height = np.max(list(corners.values()), 0).tolist()
+        farthest = max(corners, key=lambda key: max(corners[key]))
+        print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
+        with whole(path) as f:
+            f.write(json.dumps([width, height]).encode())
+
+    return kept(path, make, lambda: json.loads(path.read_text()))
 
 
 def corner(read, key):
@@ -284,35 +278,41 @@ def corner(read, key):
     return int(events["x"].max()) + 1, int(events["y"].max()) + 1
 
 
-def make_frames(path, recordings, read, n_frames, sensor, size, skip_broken):
-    """Write the frames of all recordings, uint8 [N, T, 2, size, size] and nothing else, to `path`, and which recordings are in
-    which split or broken to a .tsv beside it.
+def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
+    """The recordings that are not broken, and their frames as kept in `path`: uint8 [N, T, 2, size, size] and nothing else.
 
-    Rows are appended one by one to a file that gets its name when it is complete: nothing that stops it leaves zeros to train
-    on. Every recording is tried; then a UserError names the broken ones, unless they are to be skipped.
+    A .tsv beside it lists which recording is in which split, or broken, and why. Frames are appended one by one to a file that
+    gets its name when it is complete: nothing that stops it leaves zeros to train on. Every recording is tried; then a
+    UserError names the broken ones, unless they are to be skipped.
     """
-    broken, keys = {}, [key for _, _, key in recordings]
-    need = len(keys) * n_frames * 2 * size * size
-    if need > shutil.disk_usage(path.parent).free:
-        raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, more than are free: choose another --root")
-    frames_of = functools.partial(read_to_frames, read, n_frames, sensor, size)
-    with whole(path) as f:
-        for _, frames in parallel(frames_of, keys, f"frames {n_frames} x {size} x {size}", broken):
-            f.write(frames)
-        check_broken(broken, recordings, skip_broken)
-        rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
-        with whole(path.with_suffix(".tsv")) as tsv:
-            for row in [("split", "class", "recording", "why broken"), *rows]:
-                line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
-                tsv.write(f"{line}\n".encode(errors="surrogateescape"))
+    tsv = path.with_suffix(".tsv")
 
+    def make():
+        broken, keys = {}, [key for _, _, key in recordings]
+        need = len(keys) * n_frames * 2 * size * size
+        if need > shutil.disk_usage(path.parent).free:
+            raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, more than are free: choose another --root")
+        with whole(path) as f:
+            read_one = functools.partial(read_to_frames, read, n_frames, sensor, size)
+            for _, frames in parallel(read_one, keys, f"frames {n_frames} x {size} x {size}", broken):
+                f.write(frames)
+            check_broken(broken, recordings, skip_broken)
+            rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
+            with whole(tsv) as listing:
+                for row in [("split", "class", "recording", "why broken"), *rows]:
+                    line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
+                    listing.write(f"{line}\n".encode(errors="surrogateescape"))
 
-def read_frames(path, recordings, n_frames, size):
-    """-> the recordings that are not broken, their frames; ValueError if the list and the frames do not match."""
-    lines = path.with_suffix(".tsv").read_text("utf-8", "surrogateescape").splitlines()[1:]
-    good = [r for r, line in zip(recordings, lines, strict=True) if line.startswith(f"{r[0]}\t")]
-    frames = np.memmap(path, mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
-    return good, frames.reshape(len(good), n_frames, 2, size, size)
+    def find():  # with a ValueError if list and frames do not match
+        lines = tsv.read_text("utf-8", "surrogateescape").splitlines()[1:]
+        good = [r for r, line in zip(recordings, lines, strict=True) if line.startswith(f"{r[0]}\t")]
+        frames = np.memmap(path, mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
+        return good, frames.reshape(len(good), n_frames, 2, size, size)
+
+    good, frames = kept(path, make, find)
+    if len(good) < len(recordings):
+        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: {tsv} says why")
+    return good, frames
 
 
 def read_to_frames(read, n_frames, sensor, size, key):
@@ -339,14 +339,14 @@ def check_events(events):
     hundredth of the recording means that a clock was reset or bytes are wrong. (All of 800 N-MNIST recordings are in order.)
     """
     if events.ndim != 1 or not {"x", "y", "t", "p"} <= set(events.dtype.names or ()):
-        raise ValueError(f"expected a structured array with fields x, y, t, p, found {events.dtype} of {events.ndim} dimensions")
+        raise ValueError(f"expected a structured array with fields x, y, t, p, found {events.dtype}, {events.ndim} dimensions")
     x, y, t, p = fields = [events[field] for field in "xytp"]
     if not len(events):
         raise ValueError("holds no event")
     if any(v.dtype.kind not in "biuf" or not np.isfinite(v).all() for v in fields):
         raise ValueError("x, y, t and p must be finite numbers")
     if any(v.min() < 0 or v.max() >= 4096 or (np.trunc(v) != v).any() for v in (x, y)):
-        raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()} are not the pixels of an event camera")
+        raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()} are no pixels of an event camera")
     if ((p != 0) & (p != 1)).any():
         raise ValueError(f"polarity must be 0 (off) or 1 (on), not {p.min()} to {p.max()}: store p > 0")
     if t.dtype.kind == "f" and t.dtype.itemsize < 8 and len(t) > 1 and np.spacing(t.max()) > 0.01 * (t.max() - t.min()):
