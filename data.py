@@ -59,79 +59,7 @@ Split = namedtuple("Split", "frames labels classes sensor", defaults=[None])
 FORMAT = 3  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
 
 
-# Down to lock: errors, whole files and locks, for train.py and eval.py as well. On a first reading, go on at to_frames.
-
-
-class UserError(Exception):
-    """A mistake the user can mend; its one line says what is wrong, where, and what to do."""
-
-
-def fail(message):
-    """End the program with one line on stderr and the status of a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def answers(out_of_memory, stopped):
-    """Around a main(): one line instead of a traceback for what is not the program's fault; the arguments say what to do then."""
-    try:
-        yield
-    except (UserError, OSError) as e:
-        fail(e)
-    except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-            fail(f"out of memory: {out_of_memory}")
-        if "closed by peer" in str(e):
-            fail("another process has ended: its message says why")
-        raise
-    except KeyboardInterrupt:
-        print(f"\nstopped{stopped}", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextlib.contextmanager
-def whole(path):
-    """A binary file to write that is called `path` only when all of it is on the disk: any stop leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder; "
-                        "what it held before is whole")
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def lock(folder, wait=False):
-    """Take `folder` for this process until the file returned is closed or the process ends, be it by kill -9.
-
-    Another process that has it is waited for, or answered with BlockingIOError. Half-written files of killed ones are removed.
-    Workers do not inherit this kind of lock. File systems that know no locks are left as they are.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder / "lock", "w")
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}): choose another folder for --out or --root")
-    try:
-        import fcntl  # Windows has none: two runs at once are not told apart there
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise
-        print(f"waiting for another run that is at work in {folder}")
-        fcntl.lockf(f, fcntl.LOCK_EX)
-    except (OSError, ImportError):
-        return f
-    for part in folder.glob("*.part"):
-        part.unlink(missing_ok=True)
-    return f
-
+# -------------------------------------------------------------------------------------------------------- the main path
 
 def to_frames(events, n_frames, sensor_size, size):
     """Count the events of a recording into frames: uint8 [n_frames, 2, size, size], polarity 0 = off, 1 = on.
@@ -200,45 +128,161 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     return Split(frames[:n], labels[:n], classes, sensor), Split(frames[n:], labels[n:], classes, sensor)
 
 
-def kept(path, make, read):
-    """What read() finds in the file `path`, which make() writes if it is not there: in one process, for which others wait."""
-    if not path.exists():
-        with lock(path.parent, wait=True):
-            if not path.exists():  # another process may have made it
-                make()
-    try:
-        return read()
-    except (OSError, ValueError):
-        raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
+def cut(order, batch_size):
+    """`order` in batches as equal as can be, batch_size at most, so that no tiny last one upsets batch norm."""
+    return order.tensor_split(math.ceil(len(order) / batch_size))
 
 
-def compare_sensors(made, name, split):
-    """Warn if the settings `made` of a checkpoint name another sensor than that of the folder `name`: one camera is to be scaled alike."""
-    told = made.get("sensor") or split.sensor  # earlier checkpoints do not say
-    if name not in DATASETS and told != split.sensor:
-        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
-              + "if the camera is the same, pass --sensor {} {}".format(*told))
+def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
+    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, in the order of `generator` if shuffled.
+
+    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal generators they
+    share the same batches.
+    """
+    n, (rank, world) = len(split.labels), share
+    frames = torch.as_tensor(split.frames)
+    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+    order, labels = order.to(frames.device), torch.as_tensor(split.labels).to(frames.device)  # once: a copy a batch would wait for the GPU
+    for batch in cut(order, batch_size):
+        index = batch[rank::world]
+        x, y = frames.index_select(0, index), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
+        if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
 
 
-def recipe(name):
-    """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
-    if name not in DATASETS and not Path(name).expanduser().is_dir():
-        raise UserError(f"--dataset {name}: neither a folder, seen from {os.getcwd()}, nor one of {', '.join(DATASETS)}"
-                        f"{nearest(str(name), DATASETS)}")
-    return DATASETS.get(name, FOLDER)
+def on_device(split, device):
+    """The split with its frames on the GPU, if they take less than half of the memory free there; else as it is."""
+    if torch.device(device).type != "cuda" or split.frames.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return split
+    return split._replace(frames=torch.as_tensor(split.frames).to(device))
 
 
-def parse(parser, argv):
-    """The flags that `parser` knows; for any other, one line that says which was meant."""
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        fail(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], parser._option_string_actions)}")
-    return args
+def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
+    """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), which the paper builds on.
+
+    x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
+    flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to
+    1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength, pixels as of a width of 128.
+    An image meets flip, shear, rotation with crop, hole and roll, in this order. All are one look-up, so they stand below inverted
+    and last first: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
+    """
+    T, B, C, H, W = x.shape
+    unit = W / 128
+
+    def draw(*size):  # uniform in [-1, 1)
+        return torch.rand(*size, device=x.device) * 2 - 1
+
+    chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations  # [B, 4], `operations` of them true
+    roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
+    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")  # [H, W], row and column
+    shift = (draw(2, B, 1, 1) * roll * (1 + 2 * strength) * unit).round()
+    u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
+    hole, reach = draw(2, B, 1, 1), cutout * 4 * strength * unit  # its middle, half its side
+    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach  # [B, H, W], false in the hole
+
+    side = (1 - torch.rand(B, 1, 1, device=x.device) * (1 - min_scale)).sqrt()
+    angle, slant = draw(B, 1, 1) * rotate * math.radians(15 * strength), draw(B, 1, 1) * shear * 0.15 * strength
+    mirror = torch.where(torch.rand(B, 1, 1, device=x.device) < 0.5 * flip, -1.0, 1.0)
+    cos, sin, away = angle.cos() * side, angle.sin() * side, draw(2, B, 1, 1) * (1 - side)
+    u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
+    u = mirror * (u + slant * v)
+    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()  # from the corner again: the input pixel
+    seen &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
+    index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
+    view = x.flatten(3).gather(3, index[None, :, None].expand(T, B, C, -1)).view(x.shape)  # [T, B, 2, H, W]
+    return view * seen[None, :, None]
 
 
-def nearest(name, known):
-    """What to add to a message about an unknown name."""
-    return "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, known, 1))
+# --------------------------------------------------------------------------------------------- recordings: the toy data
+
+# The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
+# Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
+# Raise FORMAT when you change the simulation, for its frames are cached.
+TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
+
+
+def toy_shapes():
+    """{class: its outline as radius at angle [0, 2 pi)}; the largest radius is about 1."""
+    a = np.arange(720) * np.pi / 360
+
+    def polygon(n):
+        return math.cos(math.pi / n) / np.cos(a % (2 * np.pi / n) - np.pi / n)
+
+    def box(w, h):
+        return np.minimum(w / np.maximum(abs(np.cos(a)), 1e-9), h / np.maximum(abs(np.sin(a)), 1e-9))
+
+    return {
+        "disc": 0.8 + 0 * a, "triangle": polygon(3), "square": polygon(4), "bar": box(1, 0.3),
+        "cross": np.maximum(box(1, 0.25), box(0.25, 1)), "trefoil": 0.6 + 0.4 * np.cos(3 * a), "star": 0.65 + 0.35 * np.cos(5 * a),
+        "half disc": np.where(a < np.pi, 1, 0.05), "wedge": np.where(a < 1.5 * np.pi, 0.9, 0.1), "drop": 0.35 + 0.65 * np.cos(a / 2) ** 14,
+    }
+
+
+def toy_recordings():
+    classes = list(toy_shapes())
+    recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}") for i in range(TOY_TRAIN + TOY_TEST)]
+    return recordings, classes, toy_events, (TOY_SENSOR, TOY_SENSOR)
+
+
+def toy_events(key, steps=32, threshold=0.25):
+    """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
+
+    Size, position, pose and turning are drawn anew for each recording, of any class alike: what the views of pre-training vary too.
+    (If they differed in brightness too, which no view varies, that would tell recordings apart, and pre-training would learn it.)
+    key: "toy:<seed>:<number>", the class is number % 10; steps: of 1 ms each; threshold: in units of the logarithm.
+    Returns a structured array (x, y in pixels, t in us, p).
+    """
+    _, seed, i = key.split(":")
+    rng = np.random.default_rng([int(seed), int(i)])
+    outline = list(toy_shapes().values())[int(i) % 10]
+    time = np.linspace(-0.5, 0.5, steps + 1)[:, None, None]
+    pose = rng.uniform(-0.7, 0.7) + rng.uniform(-0.2, 0.2) * time  # radians
+    radius, middle = rng.uniform(9, 12.5), (TOY_SENSOR - 1) / 2 + rng.uniform(-3, 3, 2)  # pixels
+    y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
+    dx, dy = x - middle[0] - 2 * np.cos(2 * np.pi * time), y - middle[1] - 2 * np.sin(2 * np.pi * time)
+    half_degrees = ((np.arctan2(dy, dx) - pose) * 360 / np.pi).astype(int) % 720
+    edge = radius * outline[half_degrees] - np.hypot(dx, dy)  # pixels inside the outline
+    log_brightness = 1 / (1 + np.exp(-1.5 * edge))  # [steps + 1, H, W]
+    level, events = log_brightness[0].copy(), []  # level: that of each pixel's last event
+    for step in range(steps):
+        count = np.trunc((log_brightness[step + 1] - level) / threshold).astype(int)  # [H, W], below 0: off
+        level += count * threshold
+        count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
+        ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
+        events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
+    events = np.concatenate(events)
+    return events[np.argsort(events["t"], kind="stable")]
+
+
+# ------------------------------------------------------------------------------------------------- recordings: a folder
+
+def folder_recordings(folder):
+    """FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>; files of other kinds are passed over."""
+    others = Counter()
+
+    def inside(path):
+        files = list(path.glob("*/*"))
+        others.update(f.suffix or f.name for f in files if f.suffix not in READERS)
+        return [(f.parent.name, str(f)) for f in files if f.suffix in READERS]
+
+    parts = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+    if {"train", "test"} <= set(parts):
+        recordings = [(split, *r) for split in ("train", "test") for r in inside(parts[split])]
+    else:
+        recordings = split_by_class(inside(folder))
+    passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
+    trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
+    if not (trained and tested):
+        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> or "
+                        f"Train|Test/<class>/<recording>, each a {', '.join(READERS)} file, and at least two in a class; "
+                        f"of other kinds: {passed or 'none'}")
+    if others:
+        print(f"{folder}: passed over {passed}")
+    if odd := sorted(trained ^ tested, key=natural):
+        print(f"warning: {folder}: not both to train and to test on: class {', '.join(odd)}")
+    return recordings, sorted(trained | tested, key=natural), read_file, None
 
 
 def natural(name):
@@ -257,25 +301,135 @@ def split_by_class(recordings):
     return split
 
 
-def guess_sensor(path, recordings, read, skip_broken):
-    """The smallest sensor [W, H] that holds the events of all recordings, kept in `path`."""
-    def make():
-        broken, keys = {}, [key for _, _, key in recordings]
-        corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
-        check_broken(broken, recordings, skip_broken)
-        width, height = np.max(list(corners.values()), 0).tolist()
-        farthest = max(corners, key=lambda key: max(corners[key]))
-        print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
-        with whole(path) as f:
-            f.write(json.dumps([width, height]).encode())
-
-    return kept(path, make, lambda: json.loads(path.read_text()))
+def read_file(path):
+    return READERS[os.path.splitext(path)[1]](path)
 
 
-def corner(read, key):
-    """The smallest sensor (W, H) that holds a recording's events."""
-    events = check_events(read(key))
-    return int(events["x"].max()) + 1, int(events["y"].max()) + 1
+def read_bin(path):
+    """ATIS format of N-MNIST and N-Caltech101, 5 bytes an event: x, y, 1 bit polarity, 23 bits time in us."""
+    raw = np.fromfile(path, np.uint8)
+    if raw.size % 5:
+        raise ValueError(f"truncated: {raw.size} bytes are not a multiple of 5")
+    x, y, high, middle, low = raw.reshape(-1, 5).astype(int).T  # each [events]
+    wrapped = y == 240  # no event: the clock has gone round, by 2^13 us (tonic.io.read_mnist_file)
+    t = ((high & 127) << 16 | middle << 8 | low) + 2**13 * np.cumsum(wrapped)
+    return np.rec.fromarrays([x, y, t, high >> 7], names="x,y,t,p")[~wrapped]
+
+
+def read_aedat4(path):
+    """The file's first stream of events, as tonic.io.read_aedat4 reads it; ValueError if the file is truncated or damaged.
+
+    The decoder cannot be trusted with that: it takes a lost packet for the end of the file, and allocates any size that a packet
+    claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the file ends.
+    Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes of stream, 4 of size.
+    """
+    import tonic
+    raw = Path(path).read_bytes()
+
+    def number(at, size=4):
+        return int.from_bytes(raw[at : at + size], "little", signed=True)
+
+    head = 18 + number(18)  # a FlatBuffer's table, whose second field is where the packets end, -1 or absent if unknown
+    fields = head - number(head)
+    where = number(fields + 6, 2) if number(fields, 2) > 6 else 0
+    at, end = 18 + number(14), number(head + where, 8) if where else -1
+    while 0 <= at != end and at < len(raw):
+        at += 8 + max(number(at + 4), 0)
+    if at != (end if end >= 0 else len(raw)):
+        raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end if end >= 0 else len(raw)}")
+    events = tonic.io.read_aedat4(path)
+    events.dtype.names = "t", "x", "y", "p"
+    return events
+
+
+READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": np.load}
+
+
+# ----------------------------------------------------------------------------------------- recordings: public data sets
+
+def read_caltech(path):
+    """A recording of N-Caltech101, moved to the corner, as tonic does: each has a size of its own."""
+    events = read_bin(path)
+    for side in "xy":
+        events[side] -= events[side].min()
+    return events
+
+
+def read_gesture(path):
+    """A recording of DVS128 Gesture as tonic keeps it: integers [events, 4], which are x, y, polarity and ms."""
+    return np.rec.fromarrays(np.load(path).T, names="x,y,p,t")
+
+
+# tonic's class, its sensor, how many recordings there are, their reader, addresses to mend. Those of figshare in tonic 1.7.0
+# answer 202 with nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
+FIGSHARE = "https://api.figshare.com/v2/file/download/"
+TONIC = {
+    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
+    "dvsgesture": ("DVSGesture", (128, 128), 1_341, read_gesture,
+                   dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
+    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_caltech, {}),  # the largest; SpikingJelly's size of frames too
+    "nmnist": ("NMNIST", (34, 34), 70_000, read_bin, {}),
+}
+
+
+def tonic_recordings(name, root):
+    """A public data set through tonic's own class, which downloads what is missing, checks its md5 and extracts it."""
+    import tonic
+    class_name, sensor, total, read, addresses = TONIC[name]
+    tonic_class = getattr(tonic.datasets, class_name)
+    for attribute, address in addresses.items():
+        setattr(tonic_class, attribute, address)
+    tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
+    official = hasattr(tonic_class, "train_url")
+    recordings = []
+    for split in ("train", "test") if official else (None,):
+        options = {"train": split == "train"} if official else {}
+        dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                dataset.__init__(str(root), **options)
+                inner = list(Path(dataset.location_on_system).rglob("Caltech101.zip"))
+                if inner and not dataset.data:  # N-Caltech101's archive holds another, which tonic leaves as it is
+                    tonic.download_utils.extract_archive(str(inner[0]), dataset.location_on_system)
+                    dataset.__init__(str(root), **options)
+            if not dataset.data:
+                raise ValueError(f"no recordings in {dataset.location_on_system}, which is to be removed")
+        except Exception as e:
+            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): fetch {dataset.url} "
+                            f"(md5 {dataset.file_md5}), put it at {dataset.location_on_system}/{dataset.filename}, run again")
+        classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
+        names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
+        recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
+    if len(recordings) < total:
+        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them again, "
+              f"remove the folders (not the archives) in {dataset.location_on_system}")
+    if not official:
+        recordings = split_by_class([(cls, path) for _, cls, path in recordings])
+    return recordings, classes, read, sensor
+
+
+def extract_tar(path, folder, _):
+    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile
+    keeps entries inside by itself.)"""
+    with tarfile.open(path) as archive:
+        for name in (name for member in archive for name in (member.name, member.linkname)):
+            if name.startswith("/") or ".." in Path(name).parts:
+                raise ValueError(f"its entry {name} points outside the folder")
+        archive.extractall(folder)
+
+
+# ------------------------------------------------------------------------------------------- frames, made once and kept
+
+def kept(path, make, read):
+    """What read() finds in the file `path`, which make() writes if it is not there: in one process, for which others wait."""
+    if not path.exists():
+        with lock(path.parent, wait=True):
+            if not path.exists():  # another process may have made it
+                make()
+    try:
+        return read()
+    except (OSError, ValueError):
+        raise UserError(f"{path}: is damaged: remove it, so that it is made anew")
 
 
 def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
@@ -317,6 +471,27 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
 
 def read_to_frames(read, n_frames, sensor, size, key):
     return to_frames(check_events(read(key)), n_frames, sensor, size)
+
+
+def guess_sensor(path, recordings, read, skip_broken):
+    """The smallest sensor [W, H] that holds the events of all recordings, kept in `path`."""
+    def make():
+        broken, keys = {}, [key for _, _, key in recordings]
+        corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
+        check_broken(broken, recordings, skip_broken)
+        width, height = np.max(list(corners.values()), 0).tolist()
+        farthest = max(corners, key=lambda key: max(corners[key]))
+        print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
+        with whole(path) as f:
+            f.write(json.dumps([width, height]).encode())
+
+    return kept(path, make, lambda: json.loads(path.read_text()))
+
+
+def corner(read, key):
+    """The smallest sensor (W, H) that holds a recording's events."""
+    events = check_events(read(key))
+    return int(events["x"].max()) + 1, int(events["y"].max()) + 1
 
 
 def check_broken(broken, recordings, skip_broken):
@@ -414,229 +589,55 @@ def alone(f, key):
             return "its reader crashed, or ran out of memory"
 
 
-def folder_recordings(folder):
-    """FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>; files of other kinds are passed over."""
-    others = Counter()
+# -------------------------------------------------------------- mistakes, files and locks, for train.py and eval.py too
 
-    def inside(path):
-        files = list(path.glob("*/*"))
-        others.update(f.suffix or f.name for f in files if f.suffix not in READERS)
-        return [(f.parent.name, str(f)) for f in files if f.suffix in READERS]
-
-    parts = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-    if {"train", "test"} <= set(parts):
-        recordings = [(split, *r) for split in ("train", "test") for r in inside(parts[split])]
-    else:
-        recordings = split_by_class(inside(folder))
-    passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
-    trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
-    if not (trained and tested):
-        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> or "
-                        f"Train|Test/<class>/<recording>, each a {', '.join(READERS)} file, and at least two in a class; "
-                        f"of other kinds: {passed or 'none'}")
-    if others:
-        print(f"{folder}: passed over {passed}")
-    if odd := sorted(trained ^ tested, key=natural):
-        print(f"warning: {folder}: not both to train and to test on: class {', '.join(odd)}")
-    return recordings, sorted(trained | tested, key=natural), read_file, None
+class UserError(Exception):
+    """A mistake the user can mend; its one line says what is wrong, where, and what to do."""
 
 
-def read_file(path):
-    return READERS[os.path.splitext(path)[1]](path)
+def fail(message):
+    """End the program with one line on stderr and the status of a user's mistake."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def read_bin(path):
-    """ATIS format of N-MNIST and N-Caltech101, 5 bytes an event: x, y, 1 bit polarity, 23 bits time in us."""
-    raw = np.fromfile(path, np.uint8)
-    if raw.size % 5:
-        raise ValueError(f"truncated: {raw.size} bytes are not a multiple of 5")
-    x, y, high, middle, low = raw.reshape(-1, 5).astype(int).T  # each [events]
-    wrapped = y == 240  # no event: the clock has gone round, by 2^13 us (tonic.io.read_mnist_file)
-    t = ((high & 127) << 16 | middle << 8 | low) + 2**13 * np.cumsum(wrapped)
-    return np.rec.fromarrays([x, y, t, high >> 7], names="x,y,t,p")[~wrapped]
+@contextlib.contextmanager
+def answers(out_of_memory, stopped):
+    """Around a main(): one line instead of a traceback for what is not the program's fault; the arguments say what to do then."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        fail(e)
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            fail(f"out of memory: {out_of_memory}")
+        if "closed by peer" in str(e):
+            fail("another process has ended: its message says why")
+        raise
+    except KeyboardInterrupt:
+        print(f"\nstopped{stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
-def read_aedat4(path):
-    """The file's first stream of events, as tonic.io.read_aedat4 reads it; ValueError if the file is truncated or damaged.
-
-    The decoder cannot be trusted with that: it takes a lost packet for the end of the file, and allocates any size that a packet
-    claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the file ends.
-    Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes of stream, 4 of size.
-    """
-    import tonic
-    raw = Path(path).read_bytes()
-
-    def number(at, size=4):
-        return int.from_bytes(raw[at : at + size], "little", signed=True)
-
-    head = 18 + number(18)  # a FlatBuffer's table, whose second field is where the packets end, -1 or absent if unknown
-    fields = head - number(head)
-    where = number(fields + 6, 2) if number(fields, 2) > 6 else 0
-    at, end = 18 + number(14), number(head + where, 8) if where else -1
-    while 0 <= at != end and at < len(raw):
-        at += 8 + max(number(at + 4), 0)
-    if at != (end if end >= 0 else len(raw)):
-        raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end if end >= 0 else len(raw)}")
-    events = tonic.io.read_aedat4(path)
-    events.dtype.names = "t", "x", "y", "p"
-    return events
+def recipe(name):
+    """The row of DATASETS for a data set's name or a folder. Raises UserError if it is neither."""
+    if name not in DATASETS and not Path(name).expanduser().is_dir():
+        raise UserError(f"--dataset {name}: neither a folder, seen from {os.getcwd()}, nor one of {', '.join(DATASETS)}"
+                        f"{nearest(str(name), DATASETS)}")
+    return DATASETS.get(name, FOLDER)
 
 
-READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": np.load}
+def parse(parser, argv):
+    """The flags that `parser` knows; for any other, one line that says which was meant."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fail(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], parser._option_string_actions)}")
+    return args
 
 
-def read_caltech(path):
-    """A recording of N-Caltech101, moved to the corner, as tonic does: each has a size of its own."""
-    events = read_bin(path)
-    for side in "xy":
-        events[side] -= events[side].min()
-    return events
-
-
-def read_gesture(path):
-    """A recording of DVS128 Gesture as tonic keeps it: integers [events, 4], which are x, y, polarity and ms."""
-    return np.rec.fromarrays(np.load(path).T, names="x,y,p,t")
-
-
-# tonic's class, its sensor, how many recordings there are, their reader, addresses to mend. Those of figshare in tonic 1.7.0
-# answer 202 with nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
-FIGSHARE = "https://api.figshare.com/v2/file/download/"
-TONIC = {
-    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
-    "dvsgesture": ("DVSGesture", (128, 128), 1_341, read_gesture,
-                   dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
-    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_caltech, {}),  # the largest; SpikingJelly's size of frames too
-    "nmnist": ("NMNIST", (34, 34), 70_000, read_bin, {}),
-}
-
-
-def tonic_recordings(name, root):
-    """A public data set through tonic's own class, which downloads what is missing, checks its md5 and extracts it."""
-    import tonic
-    class_name, sensor, total, read, addresses = TONIC[name]
-    tonic_class = getattr(tonic.datasets, class_name)
-    for attribute, address in addresses.items():
-        setattr(tonic_class, attribute, address)
-    tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
-    official = hasattr(tonic_class, "train_url")
-    recordings = []
-    for split in ("train", "test") if official else (None,):
-        options = {"train": split == "train"} if official else {}
-        dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                dataset.__init__(str(root), **options)
-                inner = list(Path(dataset.location_on_system).rglob("Caltech101.zip"))
-                if inner and not dataset.data:  # N-Caltech101's archive holds another, which tonic leaves as it is
-                    tonic.download_utils.extract_archive(str(inner[0]), dataset.location_on_system)
-                    dataset.__init__(str(root), **options)
-            if not dataset.data:
-                raise ValueError(f"no recordings in {dataset.location_on_system}, which is to be removed")
-        except Exception as e:
-            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): fetch {dataset.url} "
-                            f"(md5 {dataset.file_md5}), put it at {dataset.location_on_system}/{dataset.filename}, run again")
-        classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
-        names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
-        recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
-    if len(recordings) < total:
-        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them again, "
-              f"remove the folders (not the archives) in {dataset.location_on_system}")
-    if not official:
-        recordings = split_by_class([(cls, path) for _, cls, path in recordings])
-    return recordings, classes, read, sensor
-
-
-def extract_tar(path, folder, _):
-    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile
-    keeps entries inside by itself.)"""
-    with tarfile.open(path) as archive:
-        for name in (name for member in archive for name in (member.name, member.linkname)):
-            if name.startswith("/") or ".." in Path(name).parts:
-                raise ValueError(f"its entry {name} points outside the folder")
-        archive.extractall(folder)
-
-
-# The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
-# Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
-# Raise FORMAT when you change the simulation, for its frames are cached.
-TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
-
-
-def toy_shapes():
-    """{class: its outline as radius at angle [0, 2 pi)}; the largest radius is about 1."""
-    a = np.arange(720) * np.pi / 360
-
-    def polygon(n):
-        return math.cos(math.pi / n) / np.cos(a % (2 * np.pi / n) - np.pi / n)
-
-    def box(w, h):
-        return np.minimum(w / np.maximum(abs(np.cos(a)), 1e-9), h / np.maximum(abs(np.sin(a)), 1e-9))
-
-    return {
-        "disc": 0.8 + 0 * a, "triangle": polygon(3), "square": polygon(4), "bar": box(1, 0.3),
-        "cross": np.maximum(box(1, 0.25), box(0.25, 1)), "trefoil": 0.6 + 0.4 * np.cos(3 * a), "star": 0.65 + 0.35 * np.cos(5 * a),
-        "half disc": np.where(a < np.pi, 1, 0.05), "wedge": np.where(a < 1.5 * np.pi, 0.9, 0.1), "drop": 0.35 + 0.65 * np.cos(a / 2) ** 14,
-    }
-
-
-def toy_recordings():
-    classes = list(toy_shapes())
-    recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}") for i in range(TOY_TRAIN + TOY_TEST)]
-    return recordings, classes, toy_events, (TOY_SENSOR, TOY_SENSOR)
-
-
-def toy_events(key, steps=32, threshold=0.25):
-    """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
-
-    Size, position, pose and turning are drawn anew for each recording, of any class alike: what the views of pre-training vary too.
-    (If they differed in brightness too, which no view varies, that would tell recordings apart, and pre-training would learn it.)
-    key: "toy:<seed>:<number>", the class is number % 10; steps: of 1 ms each; threshold: in units of the logarithm.
-    Returns a structured array (x, y in pixels, t in us, p).
-    """
-    _, seed, i = key.split(":")
-    rng = np.random.default_rng([int(seed), int(i)])
-    outline = list(toy_shapes().values())[int(i) % 10]
-    time = np.linspace(-0.5, 0.5, steps + 1)[:, None, None]
-    pose = rng.uniform(-0.7, 0.7) + rng.uniform(-0.2, 0.2) * time  # radians
-    radius, middle = rng.uniform(9, 12.5), (TOY_SENSOR - 1) / 2 + rng.uniform(-3, 3, 2)  # pixels
-    y, x = np.mgrid[:TOY_SENSOR, :TOY_SENSOR]
-    dx, dy = x - middle[0] - 2 * np.cos(2 * np.pi * time), y - middle[1] - 2 * np.sin(2 * np.pi * time)
-    half_degrees = ((np.arctan2(dy, dx) - pose) * 360 / np.pi).astype(int) % 720
-    edge = radius * outline[half_degrees] - np.hypot(dx, dy)  # pixels inside the outline
-    log_brightness = 1 / (1 + np.exp(-1.5 * edge))  # [steps + 1, H, W]
-    level, events = log_brightness[0].copy(), []  # level: that of each pixel's last event
-    for step in range(steps):
-        count = np.trunc((log_brightness[step + 1] - level) / threshold).astype(int)  # [H, W], below 0: off
-        level += count * threshold
-        count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
-        ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
-        events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
-    events = np.concatenate(events)
-    return events[np.argsort(events["t"], kind="stable")]
-
-
-def cut(order, batch_size):
-    """`order` in batches as equal as can be, batch_size at most, so that no tiny last one upsets batch norm."""
-    return order.tensor_split(math.ceil(len(order) / batch_size))
-
-
-def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
-    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, in the order of `generator` if shuffled.
-
-    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal generators they
-    share the same batches.
-    """
-    n, (rank, world) = len(split.labels), share
-    frames = torch.as_tensor(split.frames)
-    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-    order, labels = order.to(frames.device), torch.as_tensor(split.labels).to(frames.device)  # once: a copy a batch would wait for the GPU
-    for batch in cut(order, batch_size):
-        index = batch[rank::world]
-        x, y = frames.index_select(0, index), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
-        if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
+def nearest(name, known):
+    """What to add to a message about an unknown name."""
+    return "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, known, 1))
 
 
 def check_device(device):
@@ -646,44 +647,52 @@ def check_device(device):
         raise UserError(f"--device {device}: PyTorch has no such device here: try --device cpu")
 
 
-def on_device(split, device):
-    """The split with its frames on the GPU, if they take less than half of the memory free there; else as it is."""
-    if torch.device(device).type != "cuda" or split.frames.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return split
-    return split._replace(frames=torch.as_tensor(split.frames).to(device))
+def compare_sensors(made, name, split):
+    """Warn if the settings `made` of a checkpoint name another sensor than that of the folder `name`: one camera is to be scaled alike."""
+    told = made.get("sensor") or split.sensor  # earlier checkpoints do not say
+    if name not in DATASETS and told != split.sensor:
+        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
+              + "if the camera is the same, pass --sensor {} {}".format(*told))
 
 
-def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
-    """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), which the paper builds on.
+@contextlib.contextmanager
+def whole(path):
+    """A binary file to write that is called `path` only when all of it is on the disk: any stop leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder; "
+                        "what it held before is whole")
+    finally:
+        part.unlink(missing_ok=True)
 
-    x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
-    flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to
-    1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength, pixels as of a width of 128.
-    An image meets flip, shear, rotation with crop, hole and roll, in this order. All are one look-up, so they stand below inverted
-    and last first: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
+
+def lock(folder, wait=False):
+    """Take `folder` for this process until the file returned is closed or the process ends, be it by kill -9.
+
+    Another process that has it is waited for, or answered with BlockingIOError. Half-written files of killed ones are removed.
+    Workers do not inherit this kind of lock. File systems that know no locks are left as they are.
     """
-    T, B, C, H, W = x.shape
-    unit = W / 128
-
-    def draw(*size):  # uniform in [-1, 1)
-        return torch.rand(*size, device=x.device) * 2 - 1
-
-    chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations  # [B, 4], `operations` of them true
-    roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
-    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")  # [H, W], row and column
-    shift = (draw(2, B, 1, 1) * roll * (1 + 2 * strength) * unit).round()
-    u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
-    hole, reach = draw(2, B, 1, 1), cutout * 4 * strength * unit  # its middle, half its side
-    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach  # [B, H, W], false in the hole
-
-    side = (1 - torch.rand(B, 1, 1, device=x.device) * (1 - min_scale)).sqrt()
-    angle, slant = draw(B, 1, 1) * rotate * math.radians(15 * strength), draw(B, 1, 1) * shear * 0.15 * strength
-    mirror = torch.where(torch.rand(B, 1, 1, device=x.device) < 0.5 * flip, -1.0, 1.0)
-    cos, sin, away = angle.cos() * side, angle.sin() * side, draw(2, B, 1, 1) * (1 - side)
-    u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
-    u = mirror * (u + slant * v)
-    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()  # from the corner again: the input pixel
-    seen &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
-    index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
-    view = x.flatten(3).gather(3, index[None, :, None].expand(T, B, C, -1)).view(x.shape)  # [T, B, 2, H, W]
-    return view * seen[None, :, None]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / "lock", "w")
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}): choose another folder for --out or --root")
+    try:
+        import fcntl  # Windows has none: two runs at once are not told apart there
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise
+        print(f"waiting for another run that is at work in {folder}")
+        fcntl.lockf(f, fcntl.LOCK_EX)
+    except (OSError, ImportError):
+        return f
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)
+    return f
