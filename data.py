@@ -3,7 +3,7 @@
     events (x, y, t, polarity)  --to_frames-->  uint8 [T, 2, size, size]  --load-->  .frames uint8 [N, T, 2, size, size]
     --batches-->  x float [T, B, 2, size, size], y int64 [B]  --augment-->  a random view of every recording
 
-Data sets: `toy` (simulated here, no download), the public ones that tonic reads, and any folder of recordings; see `load`.
+Data sets: `toy` (simulated here, no download), the public ones that tonic reads, any folder of recordings; see `load`.
 Guarded by `python -m pytest test_all.py -k data`.
 """
 import contextlib
@@ -29,13 +29,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# The one dial: --dataset picks a row, any flag overrides a value of it. Sources: [S] Spikformer's published schedule for
-# CIFAR10-DVS, [N] NDA (Li et al. 2022), [E] EventRPG issue 1, [A] amazing-cls; all others chosen here. Queues stay well below
-# the number of training recordings, or positives return as negatives. `views` and `finetune` are policies of augment().
-STRONG, MILD = dict(operations=3, strength=2), dict(operations=1, strength=2)  # [N], its best for contrast and for labels
+# The one dial: --dataset picks a row, any flag overrides a value of it. Sources: [S] Spikformer's published schedule
+# for CIFAR10-DVS, [N] NDA (Li et al. 2022), [E] EventRPG issue 1, [A] amazing-cls; all others chosen here. Queues stay
+# well below the number of training recordings, or positives return as negatives. views, finetune: flags of augment().
+STRONG, MILD = dict(operations=3, strength=2), dict(operations=1, strength=2)  # [N], best for contrast and for labels
 COMMON = dict(
     n_frames=16, image_size=128, arch="spikformer-2-256",  # [S]
-    pretrain_epochs=200, queue_size=4096, momentum=0.999, temperature=0.1, alpha=0.5, beta=0.5, pretrain_lr=1e-3,  # epochs [A]
+    pretrain_epochs=200,  # [A]
+    queue_size=4096, momentum=0.999, temperature=0.1, alpha=0.5, beta=0.5, pretrain_lr=1e-3,
     epochs=106, lr=1e-3, weight_decay=0.06, batch_size=16,  # [S]
     labels_per_class=0, views=dict(STRONG, flip=True, min_scale=0.5), finetune=dict(MILD, flip=True, min_scale=1.0),
 )
@@ -50,9 +51,10 @@ DATASETS = {
     "nmnist": COMMON | STILL | dict(n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
 }
 FOLDER = COMMON | STILL | dict(  # small enough for a laptop
-    n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32)
-# Chosen on N-MNIST's training recordings, a quarter of them held back: with crops, two operations a view, elastic warps, a temperature of
-# 0.2 or 0.4, a queue of 128 with momentum 0.99, 250 epochs, or a pretrain_lr of 4e-3, fine-tuning ended lower.
+    n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3,
+    batch_size=32)
+# Chosen on N-MNIST's training recordings, a quarter held back: with crops, two operations a view, elastic warps, a
+# temperature of 0.2 or 0.4, a queue of 128 with momentum 0.99, 250 epochs, or a pretrain_lr of 4e-3, it ended lower.
 
 # uint8 [N, T, 2, size, size], int64 [N], list of names, (width, height) in pixels
 Split = namedtuple("Split", "frames labels classes sensor", defaults=[None])
@@ -65,11 +67,11 @@ def to_frames(events, n_frames, sensor_size, size):
     """Count the events of a recording into frames: uint8 [n_frames, 2, size, size], polarity 0 = off, 1 = on.
 
     events: structured array with fields x, y (pixels), t (any unit), p (> 0 is on); sensor_size: (W, H) pixels.
-    Every frame takes len(events) // n_frames events in order of time, the last one the remainder too: none is lost. A pixel
-    of the frame sums the sensor's pixels that fall into it; counts clip at 255. Raises ValueError outside the sensor.
+    Every frame takes len(events) // n_frames events in order of time, the last one the remainder too: none is lost. A
+    pixel of the frame sums the sensor's pixels that fall into it; counts clip at 255. ValueError outside the sensor.
     """
     (width, height), n = sensor_size, len(events)
-    t = np.ascontiguousarray(events["t"])  # the fields of a structured array lie apart: one copy each makes the rest fast
+    t = np.ascontiguousarray(events["t"])  # fields lie apart: a copy of each makes the rest fast
     if (t[1:] < t[:-1]).any():
         events = events[np.argsort(t, kind="stable")]
     x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
@@ -90,19 +92,17 @@ def to_frames(events, n_frames, sensor_size, size):
 def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None):
     """The data set called `name`, or the folder of recordings at that path -> (train, test), each a Split.
 
-    name: a row of DATASETS, downloaded by tonic into `root` if missing, or a folder laid out as FOLDER/<class>/<recording> or
-    FOLDER/Train|Test/<class>/<recording> (.bin, .aedat4, .npy).
-    n_frames T and size in pixels default to the data set's row; a folder's size to that of its sensor (128 at most), and its
-    sensor (W, H) to as far as its events reach.
-    Frames are made once, by all cores, and kept under root/frames beside a list of which recording is in which split; they are
-    made anew when a recording is added, removed or changed. Without an official split, the last tenth of every class, in
-    numerical order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set. skip_broken leaves out
-    recordings that their reader or check_events refuses; the others stay in the split they are in. Raises UserError.
+    name: a row of DATASETS, downloaded by tonic into `root` if missing, or a folder of .bin, .aedat4, .npy recordings,
+    FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>. Without an official split, the last tenth of
+    every class, in numerical order of names, is for the test: the rule of SpikingJelly's split_to_train_test_set.
+    n_frames T and size in pixels default to the data set's row, a folder's size to its sensor's (128 at most), its
+    sensor (W, H) to as far as its events reach. skip_broken leaves out what its reader or check_events refuses; the
+    others stay in the split they are in. Frames are made once, by all cores, and kept under root/frames; they are made
+    anew when a recording is added, removed or changed. Raises UserError.
     """
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
-    # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events, where a key is a path or
-    # "toy:<seed>:<number>"; known: the sensor (W, H), None of a folder
+    # recordings: [("train" | "test", class, key)]; classes: their names; read(key) -> events; known: the sensor (W, H)
     if name == "toy":
         recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
@@ -134,19 +134,20 @@ def cut(order, batch_size):
 
 
 def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
-    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, in the order of `generator` if shuffled.
+    """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, shuffled by `generator` or not.
 
-    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal generators they
-    share the same batches.
+    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal
+    generators they share the same batches.
     """
     n, (rank, world) = len(split.labels), share
     frames = torch.as_tensor(split.frames)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-    order, labels = order.to(frames.device), torch.as_tensor(split.labels).to(frames.device)  # once: a copy a batch would wait for the GPU
+    order = order.to(frames.device)  # once, as the labels: a copy a batch would wait for the GPU
+    labels = torch.as_tensor(split.labels).to(frames.device)
     for batch in cut(order, batch_size):
         index = batch[rank::world]
         x, y = frames.index_select(0, index), labels[index]  # [B, T, 2, H, W] uint8: bytes travel, floats do not
-        if torch.device(device).type == "cuda" and not x.is_cuda:  # pinned: the copy runs while the GPU is at the batch before
+        if torch.device(device).type == "cuda" and not x.is_cuda:  # the copy runs during the batch before
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         yield x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format), y  # [T, B, 2, H, W]
@@ -162,11 +163,12 @@ def on_device(split, device):
 def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
     """A random view of every recording in the batch, on x's device: NDA (Li et al. 2022), which the paper builds on.
 
-    x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a horizontal
-    flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations` of roll by up to
-    1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength, pixels as of a width of 128.
-    An image meets flip, shear, rotation with crop, hole and roll, in this order. All are one look-up, so they stand below inverted
-    and last first: output pixel (u, v) shows the input pixel nearest to where the inverse maps take it, or 0 outside.
+    x: [T, B, 2, H, W] -> the same shape. Each recording has one draw for all its time steps and both polarities: a
+    horizontal flip (p 0.5, if flip), a crop of min_scale to 1 of the area, enlarged again (1: none), then `operations`
+    of roll by up to 1 + 2N pixels, rotation up to 15N degrees, a hole of 8N pixels, shear up to 0.15N, N = strength,
+    pixels as of a width of 128. An image meets flip, shear, rotation with crop, hole and roll, in this order. All are
+    one look-up, so they stand below inverted and last first: output pixel (u, v) shows the input pixel nearest to where
+    the inverse maps take it, or 0 outside.
     """
     T, B, C, H, W = x.shape
     unit = W / 128
@@ -176,11 +178,11 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
 
     chosen = torch.rand(B, 4, device=x.device).argsort(1) < operations  # [B, 4], `operations` of them true
     roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # 4 times [B, 1, 1], 0 or 1
-    v, u = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")  # [H, W], row and column
+    v, u = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)  # row and column of a pixel
     shift = (draw(2, B, 1, 1) * roll * (1 + 2 * strength) * unit).round()
     u, v = (u - shift[0]) % W - (W - 1) / 2, (v - shift[1]) % H - (H - 1) / 2  # [B, H, W], from the centre
     hole, reach = draw(2, B, 1, 1), cutout * 4 * strength * unit  # its middle, half its side
-    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach  # [B, H, W], false in the hole
+    seen = torch.maximum((u - hole[0] * W / 2).abs(), (v - hole[1] * H / 2).abs()) >= reach  # [B, H, W], not the hole
 
     side = (1 - torch.rand(B, 1, 1, device=x.device) * (1 - min_scale)).sqrt()
     angle, slant = draw(B, 1, 1) * rotate * math.radians(15 * strength), draw(B, 1, 1) * shear * 0.15 * strength
@@ -197,7 +199,7 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
 
 # --------------------------------------------------------------------------------------------- recordings: the toy data
 
-# The toy data: a shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
+# A shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
 # Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
 # Raise FORMAT when you change the simulation, for its frames are cached.
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
@@ -215,22 +217,26 @@ def toy_shapes():
 
     return {
         "disc": 0.8 + 0 * a, "triangle": polygon(3), "square": polygon(4), "bar": box(1, 0.3),
-        "cross": np.maximum(box(1, 0.25), box(0.25, 1)), "trefoil": 0.6 + 0.4 * np.cos(3 * a), "star": 0.65 + 0.35 * np.cos(5 * a),
-        "half disc": np.where(a < np.pi, 1, 0.05), "wedge": np.where(a < 1.5 * np.pi, 0.9, 0.1), "drop": 0.35 + 0.65 * np.cos(a / 2) ** 14,
+        "cross": np.maximum(box(1, 0.25), box(0.25, 1)),
+        "trefoil": 0.6 + 0.4 * np.cos(3 * a), "star": 0.65 + 0.35 * np.cos(5 * a),
+        "half disc": np.where(a < np.pi, 1, 0.05), "wedge": np.where(a < 1.5 * np.pi, 0.9, 0.1),
+        "drop": 0.35 + 0.65 * np.cos(a / 2) ** 14,
     }
 
 
 def toy_recordings():
     classes = list(toy_shapes())
-    recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}") for i in range(TOY_TRAIN + TOY_TEST)]
+    recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}")
+                  for i in range(TOY_TRAIN + TOY_TEST)]
     return recordings, classes, toy_events, (TOY_SENSOR, TOY_SENSOR)
 
 
 def toy_events(key, steps=32, threshold=0.25):
-    """Simulate one recording: wherever the logarithm of brightness has changed by `threshold` since the last event, a new one.
+    """One simulated recording: an event wherever the logarithm of brightness has changed by `threshold` since the last.
 
-    Size, position, pose and turning are drawn anew for each recording, of any class alike: what the views of pre-training vary too.
-    (If they differed in brightness too, which no view varies, that would tell recordings apart, and pre-training would learn it.)
+    Size, position, pose and turning are drawn anew for each recording, of any class alike: what the views of
+    pre-training vary too. (If they differed in brightness too, which no view varies, that would tell recordings apart,
+    and pre-training would learn it.)
     key: "toy:<seed>:<number>", the class is number % 10; steps: of 1 ms each; threshold: in units of the logarithm.
     Returns a structured array (x, y in pixels, t in us, p).
     """
@@ -251,7 +257,8 @@ def toy_events(key, steps=32, threshold=0.25):
         level += count * threshold
         count += rng.choice([-1, 0, 1], count.shape, p=[0.0005, 0.999, 0.0005])  # noise of the sensor
         ys, xs = np.repeat(np.nonzero(count), abs(count[count != 0]), axis=1)
-        events.append(np.rec.fromarrays([xs, ys, (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0], names="x,y,t,p"))
+        t, p = (step + rng.random(len(xs))) * 1000, count[ys, xs] > 0
+        events.append(np.rec.fromarrays([xs, ys, t, p], names="x,y,t,p"))
     events = np.concatenate(events)
     return events[np.argsort(events["t"], kind="stable")]
 
@@ -275,8 +282,8 @@ def folder_recordings(folder):
     passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
     trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
     if not (trained and tested):
-        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> or "
-                        f"Train|Test/<class>/<recording>, each a {', '.join(READERS)} file, and at least two in a class; "
+        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> "
+                        f"or Train|Test/<class>/<recording>, each {' or '.join(READERS)}, and at least two in a class; "
                         f"of other kinds: {passed or 'none'}")
     if others:
         print(f"{folder}: passed over {passed}")
@@ -291,8 +298,8 @@ def natural(name):
 
 
 def split_by_class(recordings):
-    """[(class, key)] -> [(split, class, key)]: of n recordings of a class, in natural order, the last n // 10 (at least 1 of 2)
-    are for the test. Depends on nothing but the names."""
+    """[(class, key)] -> [(split, class, key)]: of n recordings of a class, in natural order, the last n // 10 (at least
+    1 of 2) are for the test. Depends on nothing but the names."""
     total, seen, split = Counter(cls for cls, _ in recordings), Counter(), []
     for cls, key in sorted(recordings, key=lambda r: natural(r[1])):
         n = total[cls]
@@ -317,11 +324,12 @@ def read_bin(path):
 
 
 def read_aedat4(path):
-    """The file's first stream of events, as tonic.io.read_aedat4 reads it; ValueError if the file is truncated or damaged.
+    """The file's first stream of events, as tonic.io.read_aedat4 reads it; ValueError if it is truncated or damaged.
 
-    The decoder cannot be trusted with that: it takes a lost packet for the end of the file, and allocates any size that a packet
-    claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the file ends.
-    Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes of stream, 4 of size.
+    The decoder cannot be trusted with that: it takes a lost packet for the end of the file, and allocates any size that
+    a packet claims. So first the packets' sizes are followed: they must end where the table behind them begins, or the
+    file ends. Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes
+    of stream, 4 of size.
     """
     import tonic
     raw = Path(path).read_bytes()
@@ -333,10 +341,11 @@ def read_aedat4(path):
     fields = head - number(head)
     where = number(fields + 6, 2) if number(fields, 2) > 6 else 0
     at, end = 18 + number(14), number(head + where, 8) if where else -1
-    while 0 <= at != end and at < len(raw):
+    end = end if end >= 0 else len(raw)
+    while 0 <= at < min(end, len(raw)):
         at += 8 + max(number(at + 4), 0)
-    if at != (end if end >= 0 else len(raw)):
-        raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end if end >= 0 else len(raw)}")
+    if not at == end <= len(raw):
+        raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end}")
     events = tonic.io.read_aedat4(path)
     events.dtype.names = "t", "x", "y", "p"
     return events
@@ -360,14 +369,14 @@ def read_gesture(path):
     return np.rec.fromarrays(np.load(path).T, names="x,y,p,t")
 
 
-# tonic's class, its sensor, how many recordings there are, their reader, addresses to mend. Those of figshare in tonic 1.7.0
-# answer 202 with nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
+# tonic's class, its sensor, how many recordings there are, their reader, addresses to mend. Those of figshare in tonic
+# 1.7.0 answer 202 with nothing in it (tonic issues 329, 330); the same files through figshare's API do not.
 FIGSHARE = "https://api.figshare.com/v2/file/download/"
 TONIC = {
     "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
     "dvsgesture": ("DVSGesture", (128, 128), 1_341, read_gesture,
                    dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
-    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_caltech, {}),  # the largest; SpikingJelly's size of frames too
+    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_caltech, {}),  # the largest; SpikingJelly's size too
     "nmnist": ("NMNIST", (34, 34), 70_000, read_bin, {}),
 }
 
@@ -381,9 +390,9 @@ def tonic_recordings(name, root):
         setattr(tonic_class, attribute, address)
     tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
     official = hasattr(tonic_class, "train_url")
+    parts = dict(train=dict(train=True), test=dict(train=False)) if official else {"": {}}
     recordings = []
-    for split in ("train", "test") if official else (None,):
-        options = {"train": split == "train"} if official else {}
+    for split, options in parts.items():
         dataset = tonic_class.__new__(tonic_class)  # apart from __init__, to know what it was after when that fails
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -395,22 +404,23 @@ def tonic_recordings(name, root):
             if not dataset.data:
                 raise ValueError(f"no recordings in {dataset.location_on_system}, which is to be removed")
         except Exception as e:
-            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): fetch {dataset.url} "
-                            f"(md5 {dataset.file_md5}), put it at {dataset.location_on_system}/{dataset.filename}, run again")
+            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): "
+                            f"fetch {dataset.url} (md5 {dataset.file_md5}), "
+                            f"put it at {dataset.location_on_system}/{dataset.filename}, run again")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
         names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
         recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
     if len(recordings) < total:
-        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them again, "
-              f"remove the folders (not the archives) in {dataset.location_on_system}")
+        print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them "
+              f"again, remove the folders (not the archives) in {dataset.location_on_system}")
     if not official:
         recordings = split_by_class([(cls, path) for _, cls, path in recordings])
     return recordings, classes, read, sensor
 
 
 def extract_tar(path, folder, _):
-    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile
-    keeps entries inside by itself.)"""
+    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (Of a
+    zip archive, zipfile itself keeps the entries inside.)"""
     with tarfile.open(path) as archive:
         for name in (name for member in archive for name in (member.name, member.linkname)):
             if name.startswith("/") or ".." in Path(name).parts:
@@ -421,7 +431,7 @@ def extract_tar(path, folder, _):
 # ------------------------------------------------------------------------------------------- frames, made once and kept
 
 def kept(path, make, read):
-    """What read() finds in the file `path`, which make() writes if it is not there: in one process, for which others wait."""
+    """What read() finds in `path`, made by make() if it is not there: in one process, for which the others wait."""
     if not path.exists():
         with lock(path.parent, wait=True):
             if not path.exists():  # another process may have made it
@@ -433,11 +443,11 @@ def kept(path, make, read):
 
 
 def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
-    """The recordings that are not broken, and their frames as kept in `path`: uint8 [N, T, 2, size, size] and nothing else.
+    """The recordings that are not broken, and their frames, kept in `path`: the bytes of uint8 [N, T, 2, size, size].
 
-    A .tsv beside it lists which recording is in which split, or broken, and why. Frames are appended one by one to a file that
-    gets its name when it is complete: nothing that stops it leaves zeros to train on. Every recording is tried; then a
-    UserError names the broken ones, unless they are to be skipped.
+    A .tsv beside it lists which recording is in which split, or broken, and why. Frames are appended one by one to a
+    file that gets its name when it is complete: nothing that stops it leaves zeros to train on. Every recording is
+    tried; then a UserError names the broken ones, unless they are to be skipped.
     """
     tsv = path.with_suffix(".tsv")
 
@@ -445,13 +455,14 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
         broken, keys = {}, [key for _, _, key in recordings]
         need = len(keys) * n_frames * 2 * size * size
         if need > shutil.disk_usage(path.parent).free:
-            raise UserError(f"{path.parent}: the frames need {need / 1e9:.3g} GB, more than are free: choose another --root")
+            raise UserError(f"{path.parent}: frames need {need / 1e9:.3g} GB, more than is free: choose another --root")
         with whole(path) as f:
             read_one = functools.partial(read_to_frames, read, n_frames, sensor, size)
             for _, frames in parallel(read_one, keys, f"frames {n_frames} x {size} x {size}", broken):
                 f.write(frames)
             check_broken(broken, recordings, skip_broken)
-            rows = [("broken" if key in broken else split, cls, key, broken.get(key, "")) for split, cls, key in recordings]
+            rows = [("broken" if key in broken else split, cls, key, broken.get(key, ""))
+                    for split, cls, key in recordings]
             with whole(tsv) as listing:
                 for row in [("split", "class", "recording", "why broken"), *rows]:
                     line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
@@ -460,12 +471,12 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
     def find():  # with a ValueError if list and frames do not match
         lines = tsv.read_text("utf-8", "surrogateescape").splitlines()[1:]
         good = [r for r, line in zip(recordings, lines, strict=True) if line.startswith(f"{r[0]}\t")]
-        frames = np.memmap(path, mode="c")  # pages are read when touched; "c" makes torch take the array, and never writes
+        frames = np.memmap(path, mode="c")  # read when touched; "c": torch takes it, and nothing is ever written
         return good, frames.reshape(len(good), n_frames, 2, size, size)
 
     good, frames = kept(path, make, find)
-    if len(good) < len(recordings):
-        print(f"warning: {len(recordings) - len(good)} of {len(recordings)} recordings are broken and left out: {tsv} says why")
+    if n := len(recordings) - len(good):
+        print(f"warning: {n} of {len(recordings)} recordings are broken and left out: {tsv} says why")
     return good, frames
 
 
@@ -495,7 +506,7 @@ def corner(read, key):
 
 
 def check_broken(broken, recordings, skip_broken):
-    """Raise a UserError that names up to 20 broken recordings and why, unless they are to be skipped and enough are left."""
+    """A UserError that names up to 20 broken recordings and why, unless they are to be skipped and enough are left."""
     left = {split for split, _, key in recordings if key not in broken}
     if not broken or skip_broken and left == {"train", "test"}:
         return
@@ -510,18 +521,18 @@ def check_broken(broken, recordings, skip_broken):
 def check_events(events):
     """The events of a recording as they are, or a ValueError that says what no event camera writes.
 
-    Drivers hand over packets a little out of order, which to_frames sorts. An event earlier than one before it by more than a
-    hundredth of the recording means that a clock was reset or bytes are wrong. (All of 800 N-MNIST recordings are in order.)
+    Drivers hand over packets a little out of order, which to_frames sorts. An event earlier than one before it by more
+    than a hundredth of the recording means that a clock was reset or bytes are wrong. (800 of N-MNIST are in order.)
     """
     if events.ndim != 1 or not {"x", "y", "t", "p"} <= set(events.dtype.names or ()):
-        raise ValueError(f"expected a structured array with fields x, y, t, p, found {events.dtype}, {events.ndim} dimensions")
+        raise ValueError(f"expected a structured array with fields x, y, t, p, found {events.ndim}-d {events.dtype}")
     x, y, t, p = fields = [events[field] for field in "xytp"]
     if not len(events):
         raise ValueError("holds no event")
     if any(v.dtype.kind not in "biuf" or not np.isfinite(v).all() for v in fields):
         raise ValueError("x, y, t and p must be finite numbers")
     if any(v.min() < 0 or v.max() >= 4096 or (np.trunc(v) != v).any() for v in (x, y)):
-        raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()} are no pixels of an event camera")
+        raise ValueError(f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()}: no pixels of an event camera")
     if ((p != 0) & (p != 1)).any():
         raise ValueError(f"polarity must be 0 (off) or 1 (on), not {p.min()} to {p.max()}: store p > 0")
     if t.dtype.kind == "f" and t.dtype.itemsize < 8 and len(t) > 1 and np.spacing(t.max()) > 0.01 * (t.max() - t.min()):
@@ -534,10 +545,10 @@ def check_events(events):
 
 
 def parallel(f, keys, title, broken):
-    """Yield (key, f(key)) in order, computed by all cores; of a key for which f fails, the reason goes into the dict `broken`.
+    """Yield (key, f(key)) in order, computed by all cores; where f fails, the reason goes into the dict `broken`.
 
-    A decoder that takes its process down breaks the pool: then each recording of that block gets a process of its own, which
-    tells the culprit from its neighbours. Block by block, so that results do not pile up in memory.
+    A decoder that takes its process down breaks the pool: then each recording of that block gets a process of its own,
+    which tells the culprit from its neighbours. Block by block, so that results do not pile up in memory.
     """
     pool, size = workers(), 16 * os.cpu_count()
     try:
@@ -558,7 +569,7 @@ def parallel(f, keys, title, broken):
 
 
 def start_worker():
-    """A worker leaves Ctrl-C to its parent, dies with it, and keeps what a decoder says as it crashes off the screen."""
+    """A worker leaves Ctrl-C to its parent, dies with it, and shows nothing of what a decoder says as it crashes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if sys.platform == "linux":
@@ -603,7 +614,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def answers(out_of_memory, stopped):
-    """Around a main(): one line instead of a traceback for what is not the program's fault; the arguments say what to do then."""
+    """Around a main(): one line, no traceback, for what is no fault of the program; the arguments say what to do."""
     try:
         yield
     except (UserError, OSError) as e:
@@ -648,7 +659,7 @@ def check_device(device):
 
 
 def compare_sensors(made, name, split):
-    """Warn if the settings `made` of a checkpoint name another sensor than that of the folder `name`: one camera is to be scaled alike."""
+    """Warn if a checkpoint with the settings `made` is of another sensor than the folder `name`."""
     told = made.get("sensor") or split.sensor  # earlier checkpoints do not say
     if name not in DATASETS and told != split.sensor:
         print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
@@ -657,7 +668,7 @@ def compare_sensors(made, name, split):
 
 @contextlib.contextmanager
 def whole(path):
-    """A binary file to write that is called `path` only when all of it is on the disk: any stop leaves the old one or the new one."""
+    """A binary file to write, called `path` only when all of it is on the disk: a stop leaves the old or the new."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
@@ -675,8 +686,8 @@ def whole(path):
 def lock(folder, wait=False):
     """Take `folder` for this process until the file returned is closed or the process ends, be it by kill -9.
 
-    Another process that has it is waited for, or answered with BlockingIOError. Half-written files of killed ones are removed.
-    Workers do not inherit this kind of lock. File systems that know no locks are left as they are.
+    Another process that has it is waited for, or answered with BlockingIOError. Half-written files of killed ones are
+    removed. Workers do not inherit this kind of lock. File systems that know no locks are left as they are.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
