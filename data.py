@@ -76,8 +76,7 @@ def to_frames(events, n_frames, sensor_size, size):
         events = events[np.argsort(t, kind="stable")]
     x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
     if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
-        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels: "
-                         f"x from {x.min()} to {x.max()}, y from {y.min()} to {y.max()}")
+        raise ValueError(f"outside the sensor of {width} x {height}: x {x.min()}-{x.max()}, y {y.min()}-{y.max()}")
     if (width, height) != (size, size):
         x, y = x * size // width, y * size // height
     pixel = y * size + x + (np.ascontiguousarray(events["p"]) > 0) * np.int32(size * size)
@@ -136,8 +135,7 @@ def cut(order, batch_size):
 def batches(split, batch_size, device="cpu", shuffle=False, generator=None, share=(0, 1)):
     """Every recording once: yields (x float [T, B, 2, H, W], y int64 [B]) on `device`, shuffled by `generator` or not.
 
-    share = (rank, world) takes every world-th recording of each batch, for one of several processes; with equal
-    generators they share the same batches.
+    share = (rank, world): every world-th recording of each batch, for several processes whose generators are equal.
     """
     n, (rank, world) = len(split.labels), share
     frames = torch.as_tensor(split.frames)
@@ -282,9 +280,8 @@ def folder_recordings(folder):
     passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
     trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
     if not (trained and tested):
-        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> "
-                        f"or Train|Test/<class>/<recording>, each {' or '.join(READERS)}, and at least two in a class; "
-                        f"of other kinds: {passed or 'none'}")
+        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected two or more a class, "
+                        f"[Train|Test/]<class>/<recording>, {' or '.join(READERS)}; of other kinds: {passed or 'none'}")
     if others:
         print(f"{folder}: passed over {passed}")
     if odd := sorted(trained ^ tested, key=natural):
@@ -404,12 +401,11 @@ def tonic_recordings(name, root):
             if not dataset.data:
                 raise ValueError(f"no recordings in {dataset.location_on_system}, which is to be removed")
         except Exception as e:
-            raise UserError(f"{name} is not under {root} and cannot be downloaded ({reason(e)}): "
-                            f"fetch {dataset.url} (md5 {dataset.file_md5}), "
+            raise UserError(f"{name} cannot be downloaded ({reason(e)}): fetch {dataset.url} (md5 {dataset.file_md5}), "
                             f"put it at {dataset.location_on_system}/{dataset.filename}, run again")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
-        names = [t if isinstance(t, str) else classes[t] for t in dataset.targets]
-        recordings += [(split, cls, path) for cls, path in zip(names, dataset.data)]
+        recordings += [(split, target if isinstance(target, str) else classes[target], path)
+                       for target, path in zip(dataset.targets, dataset.data)]
     if len(recordings) < total:
         print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to extract all of them "
               f"again, remove the folders (not the archives) in {dataset.location_on_system}")
@@ -419,12 +415,12 @@ def tonic_recordings(name, root):
 
 
 def extract_tar(path, folder, _):
-    """In place of tonic's, which lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (Of a
-    zip archive, zipfile itself keeps the entries inside.)"""
+    """tonic's lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile needs none.)"""
     with tarfile.open(path) as archive:
-        for name in (name for member in archive for name in (member.name, member.linkname)):
-            if name.startswith("/") or ".." in Path(name).parts:
-                raise ValueError(f"its entry {name} points outside the folder")
+        for member in archive:
+            for name in (member.name, member.linkname):
+                if name.startswith("/") or ".." in Path(name).parts:
+                    raise ValueError(f"its entry {name} points outside the folder")
         archive.extractall(folder)
 
 
@@ -662,8 +658,8 @@ def compare_sensors(made, name, split):
     """Warn if a checkpoint with the settings `made` is of another sensor than the folder `name`."""
     told = made.get("sensor") or split.sensor  # earlier checkpoints do not say
     if name not in DATASETS and told != split.sensor:
-        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: ".format(*split.sensor, *told)
-              + "if the camera is the same, pass --sensor {} {}".format(*told))
+        print("warning: the sensor is {} x {} pixels, that of the checkpoint {} x {}: if the camera is the same, "
+              "pass --sensor {} {}".format(*split.sensor, *told, *told))
 
 
 @contextlib.contextmanager
@@ -677,8 +673,7 @@ def whole(path):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder; "
-                        "what it held before is whole")
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}): make room or choose another folder")
     finally:
         part.unlink(missing_ok=True)
 
