@@ -280,8 +280,9 @@ def folder_recordings(folder):
     passed = ", ".join(f"{n} {kind}" for kind, n in others.items())
     trained, tested = ({cls for split, cls, _ in recordings if split == which} for which in ("train", "test"))
     if not (trained and tested):
-        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected two or more a class, "
-                        f"[Train|Test/]<class>/<recording>, {' or '.join(READERS)}; of other kinds: {passed or 'none'}")
+        raise UserError(f"{folder}: no recordings to {'test' if trained else 'train'} on: expected <class>/<recording> "
+                        f"or Train|Test/<class>/<recording>, each {' or '.join(READERS)}, and at least two in a class; "
+                        f"of other kinds: {passed or 'none'}")
     if others:
         print(f"{folder}: passed over {passed}")
     if odd := sorted(trained ^ tested, key=natural):
@@ -453,8 +454,8 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
         if need > shutil.disk_usage(path.parent).free:
             raise UserError(f"{path.parent}: frames need {need / 1e9:.3g} GB, more than is free: choose another --root")
         with whole(path) as f:
-            read_one = functools.partial(read_to_frames, read, n_frames, sensor, size)
-            for _, frames in parallel(read_one, keys, f"frames {n_frames} x {size} x {size}", broken):
+            frames_from = functools.partial(to_frames, n_frames=n_frames, sensor_size=sensor, size=size)
+            for _, frames in parallel(read, frames_from, keys, f"frames {n_frames} x {size} x {size}", broken):
                 f.write(frames)
             check_broken(broken, recordings, skip_broken)
             rows = [("broken" if key in broken else split, cls, key, broken.get(key, ""))
@@ -476,15 +477,11 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
     return good, frames
 
 
-def read_to_frames(read, n_frames, sensor, size, key):
-    return to_frames(check_events(read(key)), n_frames, sensor, size)
-
-
 def guess_sensor(path, recordings, read, skip_broken):
     """The smallest sensor [W, H] that holds the events of all recordings, kept in `path`."""
     def make():
         broken, keys = {}, [key for _, _, key in recordings]
-        corners = dict(parallel(functools.partial(corner, read), keys, "sensor size", broken))
+        corners = dict(parallel(read, corner, keys, "sensor size", broken))
         check_broken(broken, recordings, skip_broken)
         width, height = np.max(list(corners.values()), 0).tolist()
         farthest = max(corners, key=lambda key: max(corners[key]))
@@ -495,9 +492,8 @@ def guess_sensor(path, recordings, read, skip_broken):
     return kept(path, make, lambda: json.loads(path.read_text()))
 
 
-def corner(read, key):
-    """The smallest sensor (W, H) that holds a recording's events."""
-    events = check_events(read(key))
+def corner(events):
+    """The smallest sensor (W, H) that holds them."""
     return int(events["x"].max()) + 1, int(events["y"].max()) + 1
 
 
@@ -540,20 +536,21 @@ def check_events(events):
     return events
 
 
-def parallel(f, keys, title, broken):
-    """Yield (key, f(key)) in order, computed by all cores; where f fails, the reason goes into the dict `broken`.
+def parallel(read, f, keys, title, broken):
+    """Yield (key, f(events)) in order, computed by all cores; where read, check_events or f fails, the reason goes into
+    the dict `broken`.
 
     A decoder that takes its process down breaks the pool: then each recording of that block gets a process of its own,
     which tells the culprit from its neighbours. Block by block, so that results do not pile up in memory.
     """
-    pool, size = workers(), 16 * os.cpu_count()
+    job, pool, size = functools.partial(attempt, read, f), workers(), 16 * os.cpu_count()
     try:
         with tqdm(desc=title, total=len(keys), unit=" recordings", disable=None) as bar:
             for block in (keys[i : i + size] for i in range(0, len(keys), size)):
                 try:
-                    results = list(pool.map(functools.partial(attempt, f), block, chunksize=4))
+                    results = list(pool.map(job, block, chunksize=4))
                 except BrokenProcessPool:
-                    results, pool = [alone(f, key) for key in block], workers()
+                    results, pool = [alone(job, key) for key in block], workers()
                 for key, result in zip(block, results):
                     bar.update()
                     if isinstance(result, str):
@@ -575,10 +572,10 @@ def start_worker():
 workers = functools.partial(ProcessPoolExecutor, initializer=start_worker)
 
 
-def attempt(f, key):
-    """f(key), or a string that says why it failed."""
+def attempt(read, f, key):
+    """f(events), or a string that says why that failed."""
     try:
-        return f(key)
+        return f(check_events(read(key)))
     except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
         return reason(e)
 
@@ -588,10 +585,10 @@ def reason(e):
     return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
-def alone(f, key):
+def alone(job, key):
     with workers(1) as pool:
         try:
-            return pool.submit(attempt, f, key).result()
+            return pool.submit(job, key).result()
         except BrokenProcessPool:
             return "its reader crashed, or ran out of memory"
 

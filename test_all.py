@@ -1574,13 +1574,13 @@ def crash(key):
         os.kill(os.getpid(), 9)
     if key == "9":
         raise SystemExit
-    return 2 * int(key)
+    return recording(1 + int(key))
 
 
 def test_data_a_reader_that_crashes_is_named():
     broken, keys = {}, [str(i) for i in range(40)]
-    good = dict(data.parallel(crash, keys, "", broken))
-    assert broken.keys() == {"7", "9"} and "crashed" in broken["7"] and good == {k: 2 * int(k) for k in keys if k not in broken}
+    good = dict(data.parallel(crash, len, keys, "", broken))
+    assert broken.keys() == {"7", "9"} and "crashed" in broken["7"] and good == {k: 1 + int(k) for k in keys if k not in broken}
 
 
 def fields(**changes):
@@ -1849,14 +1849,15 @@ def mutant(raw, seed, head):
 
 
 def read_mutant(raw, suffix, folder, seed):
-    """Its number of events, in a worker of data.parallel; MemoryError past 300 MB more than before."""
+    """Its events, in a worker of data.parallel; MemoryError past 300 MB more than before."""
     import resource
     path, before = f"{folder}/{os.getpid()}{suffix}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(path).write_bytes(mutant(raw, seed, 1000 if suffix == ".aedat4" else 150))
-    frames = data.read_to_frames(data.read_file, 4, (128, 128), 32, path)
+    events = data.read_file(path)
+    data.to_frames(data.check_events(events), 4, (128, 128), 32)
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 300_000:
         raise MemoryError
-    return frames.shape
+    return events
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -1864,8 +1865,10 @@ def test_fuzz_recordings(tmp_path, suffix):
     """Each mutant gives frames or a reason; FUZZ times, no crash is left without its name, no hang, no gigabytes."""
     WRITERS[suffix](tmp_path / f"a{suffix}", recording(300, 100, 100))
     raw, broken, began = (tmp_path / f"a{suffix}").read_bytes(), {}, time.time()
-    good = list(data.parallel(functools.partial(read_mutant, raw, suffix, tmp_path), list(range(FUZZ)), f"fuzz {suffix}", broken))
-    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(s == (4, 2, 32, 32) for _, s in good)
+    read = functools.partial(read_mutant, raw, suffix, tmp_path)
+    frames_from = functools.partial(data.to_frames, n_frames=4, sensor_size=(128, 128), size=32)
+    good = list(data.parallel(read, frames_from, range(FUZZ), f"fuzz {suffix}", broken))
+    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(frames.shape == (4, 2, 32, 32) for _, frames in good)
     assert not [why for why in broken.values() if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
     print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken.values())} of them by a crash of their process")
 
