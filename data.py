@@ -443,25 +443,23 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
     """The recordings that are not broken, and their frames, kept in `path`: the bytes of uint8 [N, T, 2, size, size].
 
     A .tsv beside it lists which recording is in which split, or broken, and why. Frames are appended one by one to a
-    file that gets its name when it is complete: nothing that stops it leaves zeros to train on. Every recording is
-    tried; then a UserError names the broken ones, unless they are to be skipped.
+    file that gets its name when it is complete: nothing that stops it leaves zeros to train on.
     """
     tsv = path.with_suffix(".tsv")
 
     def make():
-        broken, keys = {}, [key for _, _, key in recordings]
-        need = len(keys) * n_frames * 2 * size * size
+        need = len(recordings) * n_frames * 2 * size * size
         if need > shutil.disk_usage(path.parent).free:
             raise UserError(f"{path.parent}: frames need {need / 1e9:.3g} GB, more than is free: choose another --root")
+        frames_from = functools.partial(to_frames, n_frames=n_frames, sensor_size=sensor, size=size)
+        rows, title = [("split", "class", "recording", "why broken")], f"frames {n_frames} x {size} x {size}"
         with whole(path) as f:
-            frames_from = functools.partial(to_frames, n_frames=n_frames, sensor_size=sensor, size=size)
-            for _, frames in parallel(read, frames_from, keys, f"frames {n_frames} x {size} x {size}", broken):
-                f.write(frames)
-            check_broken(broken, recordings, skip_broken)
-            rows = [("broken" if key in broken else split, cls, key, broken.get(key, ""))
-                    for split, cls, key in recordings]
+            for (split, cls, key), frames, why in parallel(read, frames_from, recordings, title, skip_broken):
+                rows.append(("broken" if why else split, cls, key, why))
+                if not why:
+                    f.write(frames)
             with whole(tsv) as listing:
-                for row in [("split", "class", "recording", "why broken"), *rows]:
+                for row in rows:
                     line = "\t".join(" ".join(text.split()) for text in row)  # a name may hold a tab or a line break
                     listing.write(f"{line}\n".encode(errors="surrogateescape"))
 
@@ -480,9 +478,8 @@ def frames_of(path, recordings, read, n_frames, sensor, size, skip_broken):
 def guess_sensor(path, recordings, read, skip_broken):
     """The smallest sensor [W, H] that holds the events of all recordings, kept in `path`."""
     def make():
-        broken, keys = {}, [key for _, _, key in recordings]
-        corners = dict(parallel(read, corner, keys, "sensor size", broken))
-        check_broken(broken, recordings, skip_broken)
+        tried = parallel(read, corner, recordings, "sensor size", skip_broken)
+        corners = {key: reach for (_, _, key), reach, why in tried if not why}
         width, height = np.max(list(corners.values()), 0).tolist()
         farthest = max(corners, key=lambda key: max(corners[key]))
         print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
@@ -498,12 +495,12 @@ def corner(events):
 
 
 def check_broken(broken, recordings, skip_broken):
-    """A UserError that names up to 20 broken recordings and why, unless they are to be skipped and enough are left."""
-    left = {split for split, _, key in recordings if key not in broken}
+    """A UserError that names up to 20 of {recording: why broken}, unless they are to be skipped and enough are left."""
+    left = {recording[0] for recording in recordings if recording not in broken}
     if not broken or skip_broken and left == {"train", "test"}:
         return
     remedy = "for none is left to train or to test on" if skip_broken else "or leave them out with --skip-broken"
-    lines = [f"{key}: cannot be read ({why})" for key, why in broken.items()]
+    lines = [f"{key}: cannot be read ({why})" for (_, _, key), why in broken.items()]
     if len(lines) > 20:
         lines[20:] = [f"and {len(lines) - 20} more"]
     head = f"{len(broken)} of {len(recordings)} recordings are broken: fetch them again, remove them, {remedy}:"
@@ -536,29 +533,31 @@ def check_events(events):
     return events
 
 
-def parallel(read, f, keys, title, broken):
-    """Yield (key, f(events)) in order, computed by all cores; where read, check_events or f fails, the reason goes into
-    the dict `broken`.
+def parallel(read, f, recordings, title, skip_broken):
+    """Yield (recording, f(its events), "") in order, computed by all cores, or (recording, None, why it is broken).
 
-    A decoder that takes its process down breaks the pool: then each recording of that block gets a process of its own,
-    which tells the culprit from its neighbours. Block by block, so that results do not pile up in memory.
+    Broken is what read, check_events or f refuses. Every recording is tried; then a UserError names the broken ones,
+    unless they are to be skipped. A decoder that takes its process down breaks the pool: then each recording of that
+    block gets a process of its own, which tells the culprit from its neighbours. Block by block, so that results do not
+    pile up in memory.
     """
-    job, pool, size = functools.partial(attempt, read, f), workers(), 16 * os.cpu_count()
+    job, pool, size, broken = functools.partial(attempt, read, f), workers(), 16 * os.cpu_count(), {}
     try:
-        with tqdm(desc=title, total=len(keys), unit=" recordings", disable=None) as bar:
-            for block in (keys[i : i + size] for i in range(0, len(keys), size)):
+        with tqdm(desc=title, total=len(recordings), unit=" recordings", disable=None) as bar:
+            for block in (recordings[i : i + size] for i in range(0, len(recordings), size)):
+                keys = [key for _, _, key in block]
                 try:
-                    results = list(pool.map(job, block, chunksize=4))
+                    results = list(pool.map(job, keys, chunksize=4))
                 except BrokenProcessPool:
-                    results, pool = [alone(job, key) for key in block], workers()
-                for key, result in zip(block, results):
+                    results, pool = [alone(job, key) for key in keys], workers()
+                for recording, (result, why) in zip(block, results):
                     bar.update()
-                    if isinstance(result, str):
-                        broken[key] = result
-                    else:
-                        yield key, result
+                    if why:
+                        broken[recording] = why
+                    yield recording, result, why
     finally:
         pool.shutdown(cancel_futures=True)
+    check_broken(broken, recordings, skip_broken)
 
 
 def start_worker():
@@ -573,11 +572,11 @@ workers = functools.partial(ProcessPoolExecutor, initializer=start_worker)
 
 
 def attempt(read, f, key):
-    """f(events), or a string that says why that failed."""
+    """(f(events), ""), or (None, why that failed)."""
     try:
-        return f(check_events(read(key)))
+        return f(check_events(read(key))), ""
     except BaseException as e:  # decoders written in Rust raise PanicException, which is no Exception
-        return reason(e)
+        return None, reason(e)
 
 
 def reason(e):
@@ -590,7 +589,7 @@ def alone(job, key):
         try:
             return pool.submit(job, key).result()
         except BrokenProcessPool:
-            return "its reader crashed, or ran out of memory"
+            return None, "its reader crashed, or ran out of memory"
 
 
 # -------------------------------------------------------------- mistakes, files and locks, for train.py and eval.py too

@@ -1578,9 +1578,13 @@ def crash(key):
 
 
 def test_data_a_reader_that_crashes_is_named():
-    broken, keys = {}, [str(i) for i in range(40)]
-    good = dict(data.parallel(crash, len, keys, "", broken))
-    assert broken.keys() == {"7", "9"} and "crashed" in broken["7"] and good == {k: 1 + int(k) for k in keys if k not in broken}
+    recordings = [(("train", "test")[i % 2], "a", str(i)) for i in range(40)]
+    tried = list(data.parallel(crash, len, recordings, "", True))
+    broken = {key: why for (_, _, key), _, why in tried if why}
+    assert [r for r, _, _ in tried] == recordings and broken.keys() == {"7", "9"} and "crashed" in broken["7"]
+    assert all(result == (None if key in broken else 1 + int(key)) for (_, _, key), result, _ in tried)
+    with pytest.raises(data.UserError, match="2 of 40 .*\n  7: .*crashed.*\n  9: .*SystemExit"):
+        list(data.parallel(crash, len, recordings, "", False))
 
 
 def fields(**changes):
@@ -1864,13 +1868,15 @@ def read_mutant(raw, suffix, folder, seed):
 def test_fuzz_recordings(tmp_path, suffix):
     """Each mutant gives frames or a reason; FUZZ times, no crash is left without its name, no hang, no gigabytes."""
     WRITERS[suffix](tmp_path / f"a{suffix}", recording(300, 100, 100))
-    raw, broken, began = (tmp_path / f"a{suffix}").read_bytes(), {}, time.time()
+    raw, began = (tmp_path / f"a{suffix}").read_bytes(), time.time()
     read = functools.partial(read_mutant, raw, suffix, tmp_path)
     frames_from = functools.partial(data.to_frames, n_frames=4, sensor_size=(128, 128), size=32)
-    good = list(data.parallel(read, frames_from, range(FUZZ), f"fuzz {suffix}", broken))
-    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(frames.shape == (4, 2, 32, 32) for _, frames in good)
-    assert not [why for why in broken.values() if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
-    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken.values())} of them by a crash of their process")
+    recordings = [(("train", "test")[seed % 2], "", seed) for seed in range(FUZZ)]
+    tried = list(data.parallel(read, frames_from, recordings, f"fuzz {suffix}", True))
+    good, broken = [frames for _, frames, why in tried if not why], [why for _, _, why in tried if why]
+    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(frames.shape == (4, 2, 32, 32) for frames in good)
+    assert not [why for why in broken if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
+    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken)} of them by a crash of their process")
 
 
 def test_fuzz_checkpoints(checkpoint, tmp_path):
