@@ -695,7 +695,8 @@ def test_data_folder_says_what_it_leaves_out(tmp_path, capsys):
     data.load(tmp_path / "own", tmp_path / "root", 2)
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines[0].partition("passed over ")[2].split(", ")) == ["1 .hidden", "1 .txt", "2 .h5"]
-    assert lines[1] == f"warning: {tmp_path / 'own'}: not both to train and to test on: class b, c" and len(lines) == 2
+    assert lines[1] == f"warning: {tmp_path / 'own'}: not both to train and to test on: class b, c"
+    assert lines[2].startswith("sensor: 12 x 9 pixels") and len(lines) == 3
     for file in tmp_path.rglob("*.npy"):
         file.unlink()
     with pytest.raises(data.UserError, match="of other kinds: .*2 .h5"):
@@ -710,9 +711,9 @@ def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, cap
     whole = made("whole", (40, 30))
     assert whole.sensor == [40, 30] and whole.frames.shape[-1] == 40
     again = made("whole", (40, 30))  # written anew, and so made anew
-    frames = sorted((tmp_path / "root" / "frames").glob("whole*.npy"))
+    frames = sorted((tmp_path / "root" / "frames").glob("whole*.frames"))
     told = data.load(tmp_path / "whole", tmp_path / "root", 2, size=40, sensor=[40, 30])[0]
-    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.npy")) == frames  # the same file
+    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.frames")) == frames  # the same file
     part, right = made("part", (20, 15)), made("part", (20, 15), sensor=(40, 30), size=40)
     assert part.sensor == [20, 15] and right.sensor == [40, 30]
     assert right.frames.shape[-1] == 40 and not right.frames[..., 20:].any() and not right.frames[..., 20:, :].any()
@@ -743,7 +744,7 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
         for frames, label, (c, i) in zip(split.frames, split.labels, keys):
             assert np.array_equal(frames, slow_frames(made[c, i], 3, (12, 9), 12)) and label == "ab".index(c)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}
-    assert sorted(p.suffix or p.name for p in stamps) == [".npy", ".tsv", "lock"]
+    assert sorted(p.suffix or p.name for p in stamps) == [".frames", ".sensor", ".tsv", "lock"]
     data.load(tmp_path / "own", tmp_path / "root", 3)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # read again, not made again
     WRITERS[suffix](tmp_path / "own" / ("Train" if parts else "") / "a" / f"r0{suffix}", recording(77))
@@ -882,7 +883,7 @@ def test_data_download(tmp_path, server, monkeypatch, capfd):
     monkeypatch.setattr(tonic.datasets.CIFAR10DVS, "file_md5", hashlib.md5(handler.archive).hexdigest())
     row = data.TONIC["cifar10dvs"]
     for path in ("/empty", "/other", "/broken", "/good"):  # each meets what the one before left behind
-        monkeypatch.setitem(data.TONIC, "cifar10dvs", (*row[:3], dict(url=address + path)))
+        monkeypatch.setitem(data.TONIC, "cifar10dvs", (*row[:4], dict(url=address + path)))
         if path == "/good":
             assert len(data.load("cifar10dvs", tmp_path / "root", 2, 16)[0].labels) == 900
             break
@@ -899,7 +900,7 @@ def test_data_addresses_are_still_those_that_tonic_names(name):
     """figshare's API and tonic's dead addresses share the file ids; tonic still has md5 and file name under the names used."""
     import tonic
     cls = getattr(tonic.datasets, data.TONIC[name][0])
-    for attribute, address in data.TONIC[name][3].items():
+    for attribute, address in data.TONIC[name][4].items():
         assert hasattr(cls, attribute) and address.startswith("https://api.figshare.com/v2/file/download/")
     assert all(hasattr(cls, a) for a in (("file_md5", "filename") if name in ("cifar10dvs", "ncaltech101") else ("train_md5", "train_filename")))
 
@@ -1357,6 +1358,7 @@ def test_train_variants(shapes, tmp_path, capsys):
 
 def test_train_labels_per_class(shapes, tmp_path, capsys):
     split = data.load(shapes, tmp_path, 2)[0]
+    assert capsys.readouterr().out.startswith("sensor: 32 x 32")
     few, again, other = (train.labelled(split, 4, seed) for seed in (0, 0, 1))
     assert few.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert np.array_equal(few.frames, again.frames) and not np.array_equal(few.frames, other.frames)
@@ -1567,7 +1569,7 @@ def test_train_on_a_full_disk(shapes, tmp_path, capsys):
             return answer(capsys, *flags)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ".npy: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.npy")] and not [*tmp_path.rglob("*.tsv")]
+    assert ".frames: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.frames")] and not [*tmp_path.rglob("*.tsv")]
     data.load(shapes, tmp_path / "root", 2, 16)
     assert "state.pt: cannot be written" in full(50_000) and not (tmp_path / "cut" / "state.pt").exists()
     assert "finetuned.pt" not in full((tmp_path / "root").stat().st_size + 120_000) and not [*tmp_path.rglob("*.part")]
@@ -1583,7 +1585,7 @@ def test_two_runs_keep_out_of_each_others_way(shapes, tmp_path, capsys):
                              f"({str(tmp_path / 'a')!r}, {str(tmp_path / 'root' / 'frames')!r})]; print(0, flush=True); input()"],
                             cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
-    half = tmp_path / "root" / "frames" / "half.npy.1.part"
+    half = tmp_path / "root" / "frames" / "half.frames.1.part"
     half.write_bytes(b"half")
     assert "another run" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY)
     threading.Timer(1, held.kill).start()
@@ -1599,7 +1601,7 @@ def test_data_two_starts_on_one_root(shapes, tmp_path):
     first, second = (p.communicate()[0].splitlines()[-1] for p in both)
     train_set, test_set = data.load(shapes, tmp_path, 2, 16)
     assert first == second == f"{train_set.frames.sum()} {len(test_set.labels)}"
-    assert sorted(p.suffix or p.name for p in (tmp_path / "frames").iterdir()) == [".npy", ".tsv", "lock"]
+    assert sorted(p.suffix or p.name for p in (tmp_path / "frames").iterdir()) == [".frames", ".sensor", ".tsv", "lock"]
 
 
 def crash(key):
@@ -1607,13 +1609,17 @@ def crash(key):
         os.kill(os.getpid(), 9)
     if key == "9":
         raise SystemExit
-    return 2 * int(key)
+    return recording(1 + int(key))
 
 
 def test_data_a_reader_that_crashes_is_named():
-    broken, keys = {}, [str(i) for i in range(40)]
-    good = dict(data.parallel(crash, keys, "", broken))
-    assert broken.keys() == {"7", "9"} and "crashed" in broken["7"] and good == {k: 2 * int(k) for k in keys if k not in broken}
+    recordings = [(("train", "test")[i % 2], "a", str(i)) for i in range(40)]
+    tried = list(data.parallel(crash, len, recordings, "", True))
+    broken = {key: why for (_, _, key), _, why in tried if why}
+    assert [r for r, _, _ in tried] == recordings and broken.keys() == {"7", "9"} and "crashed" in broken["7"]
+    assert all(result == (None if key in broken else 1 + int(key)) for (_, _, key), result, _ in tried)
+    with pytest.raises(data.UserError, match="2 of 40 .*\n  7: .*crashed.*\n  9: .*SystemExit"):
+        list(data.parallel(crash, len, recordings, "", False))
 
 
 def fields(**changes):
@@ -1674,7 +1680,7 @@ def test_data_truncated_npy_is_called_truncated(tmp_path):
         data.load(tmp_path / "own", tmp_path / "root", 2)
 
 
-def test_data_damaged_list_of_frames_is_called_damaged(tmp_path):
+def test_data_damaged_cache_is_called_damaged(tmp_path):
     own = tmp_path / "²"  # a digit to str.isdigit, none to int
     for c, i in itertools.product(["a", "b²"], range(4)):
         write_npy(own / c / f"r3²{i}.npy", recording(60, seed=i))
@@ -1686,6 +1692,13 @@ def test_data_damaged_list_of_frames_is_called_damaged(tmp_path):
         with pytest.raises(data.UserError, match="is damaged: remove it"):
             data.load(own, tmp_path / "root", 2)
     listing.write_bytes(raw)
+    for suffix in (".frames", ".sensor"):
+        file = next((tmp_path / "root" / "frames").glob(f"*{suffix}"))
+        raw = file.read_bytes()
+        file.write_bytes(raw[: len(raw) // 2])
+        with pytest.raises(data.UserError, match="is damaged: remove it"):
+            data.load(own, tmp_path / "root", 2)
+        file.write_bytes(raw)
     assert np.array_equal(data.load(own, tmp_path / "root", 2)[0].frames, good[0].frames)
     with pytest.raises(data.UserError, match="neither a folder"):
         data.load(tmp_path / "none", tmp_path / "root")
@@ -1710,23 +1723,24 @@ def test_data_bin_is_read_as_tonic_reads_it(tmp_path):
     assert len(ours) < 2941 and all(np.array_equal(ours[f], theirs[f]) for f in "xytp")
 
 
-def test_data_archives_that_point_outside_are_refused(tmp_path, server, monkeypatch):
+def test_data_archives_write_nothing_outside(tmp_path, server, monkeypatch):
     import tonic
     handler, address = server
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("../../outside.txt", "!")
     handler.archive = archive.getvalue()
-    monkeypatch.setitem(data.TONIC, "cifar10dvs", (*data.TONIC["cifar10dvs"][:3], dict(url=address + "/good")))
-    for md5, why in (("0" * 32, "corrupted"), (hashlib.md5(handler.archive).hexdigest(), "points outside")):
+    monkeypatch.setitem(data.TONIC, "cifar10dvs", (*data.TONIC["cifar10dvs"][:4], dict(url=address + "/good")))
+    for md5, why in (("0" * 32, "corrupted"), (hashlib.md5(handler.archive).hexdigest(), "airplane.zip")):
         monkeypatch.setattr(tonic.datasets.CIFAR10DVS, "file_md5", md5)
         with pytest.raises(data.UserError, match=why):
             data.load("cifar10dvs", tmp_path / "in" / "root", 2, 16)
+    assert not list(tmp_path.glob("*/outside.txt")) and not (tmp_path / "outside.txt").exists()  # zipfile has kept it inside
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as t:
-        t.addfile(tarfile.TarInfo("../outside.txt"))
+        t.addfile(tarfile.TarInfo("../out.txt"))
     with pytest.raises(Exception, match="outside"):
         tonic.download_utils.extract_archive(str(tmp_path / "a.tar.gz"), str(tmp_path / "in"))
-    assert not [*tmp_path.rglob("outside.txt")]
+    assert not [*tmp_path.rglob("out.txt")]
 
 
 @pytest.fixture(scope="module")
@@ -1876,25 +1890,30 @@ def mutant(raw, seed, head):
 
 
 def read_mutant(raw, suffix, folder, seed):
-    """Its number of events, in a worker of data.parallel; MemoryError past 300 MB more than before."""
+    """Its events, in a worker of data.parallel; MemoryError past 300 MB more than before."""
     import resource
     path, before = f"{folder}/{os.getpid()}{suffix}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(path).write_bytes(mutant(raw, seed, 1000 if suffix == ".aedat4" else 150))
-    frames = data.make_frames(data.read_file, 4, (128, 128), 32, path)
+    events = data.read_file(path)
+    data.to_frames(data.check_events(events), 4, (128, 128), 32)
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 300_000:
         raise MemoryError
-    return frames.shape
+    return events
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_fuzz_recordings(tmp_path, suffix):
     """Each mutant gives frames or a reason; FUZZ times, no crash is left without its name, no hang, no gigabytes."""
     WRITERS[suffix](tmp_path / f"a{suffix}", recording(300, 100, 100))
-    raw, broken, began = (tmp_path / f"a{suffix}").read_bytes(), {}, time.time()
-    good = list(data.parallel(functools.partial(read_mutant, raw, suffix, tmp_path), list(range(FUZZ)), f"fuzz {suffix}", broken))
-    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(s == (4, 2, 32, 32) for _, s in good)
-    assert not [why for why in broken.values() if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
-    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken.values())} of them by a crash of their process")
+    raw, began = (tmp_path / f"a{suffix}").read_bytes(), time.time()
+    read = functools.partial(read_mutant, raw, suffix, tmp_path)
+    frames_from = functools.partial(data.to_frames, n_frames=4, sensor_size=(128, 128), size=32)
+    recordings = [(("train", "test")[seed % 2], "", seed) for seed in range(FUZZ)]
+    tried = list(data.parallel(read, frames_from, recordings, f"fuzz {suffix}", True))
+    good, broken = [frames for _, frames, why in tried if not why], [why for _, _, why in tried if why]
+    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(frames.shape == (4, 2, 32, 32) for frames in good)
+    assert not [why for why in broken if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
+    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken)} of them by a crash of their process")
 
 
 def test_fuzz_checkpoints(checkpoint, tmp_path):
