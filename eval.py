@@ -100,35 +100,37 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
-HARMLESS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"  # all that the pickle of a checkpoint names
+HARMLESS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"  # all that a checkpoint's pickle names
 
 
 def read_checkpoint(path):
-    """The dict in a file that torch.save wrote, or an exception. Runs no code of the file's and takes no memory for what it claims.
+    """What torch.save wrote to a file, or an exception. Runs no code of the file's and takes no memory for what it claims.
 
     Its pickle may name nothing but HARMLESS, and weights_only loads no others; its tensors are views of the file, mapped into
     memory, so none can be larger than the file; all must be dense and finite.
     """
     with zipfile.ZipFile(path) as z:
         entries = z.infolist()
-        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > os.path.getsize(path) or z.testzip():
+        stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+        if not stored or sum(e.file_size for e in entries) > os.path.getsize(path) or z.testzip():
             raise ValueError("compressed, which torch.save does not do, or damaged")
         (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
         for op, arg, _ in pickletools.genops(z.read(pickled)):
             if "GLOBAL" in op.name and not re.fullmatch(HARMLESS, str(arg)):
                 raise ValueError(f"asks for {arg!r}")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    todo = [content]
+    parts = [content]
     for _ in range(10**6):  # a list that holds itself, or two of the next that holds two of the next, has no end
-        if not todo and type(content) is dict:
+        if not parts:
             return content
-        value = todo.pop()
-        if isinstance(value, dict):
-            todo += [*value, *value.values()]
-        elif isinstance(value, (list, tuple)):
-            todo += value
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, (list, tuple)):
+            parts += part
+        elif isinstance(part, torch.Tensor):
+            dense = part.layout == torch.strided and part.nbytes <= part.untyped_storage().nbytes()
+            if not dense or not part.isfinite().all():
                 raise ValueError("a tensor is larger than what it holds, or not finite")
     raise ValueError("too many parts")
 
@@ -138,26 +140,26 @@ def load_checkpoint(path):
     try:
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
-        texts = [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))]
-        sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
-        numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
+        views = args["views"]
+        inspect.signature(data.augment).bind(None, **views), json.dumps(args)  # or an exception
+        texts = [*classes, args["dataset"], args["root"], args["pretrained_on"]]
+        sizes = [args["image_size"], args["n_frames"], args["batch_size"]]
+        numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(views.values())
+        sensor = args.get("sensor") or [1, 1]  # earlier checkpoints do not say
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
-                 and set(args["views"]) <= set(list(inspect.signature(data.augment).parameters)[1:])
-                 and (args.get("sensor") is None or [type(n) for n in args["sensor"]] == [int, int]))
+                 and [type(n) for n in sensor] == [int, int])
         if not sound:
             raise ValueError("its settings cannot be")
         with torch.device("meta"):  # shapes only
-            net = network(ckpt)
-        if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}:
+            expected = network(ckpt).state_dict()
+        if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in expected.items()}:
             raise ValueError(f"its weights are not those of {args['arch']} in models.py")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-        raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
+        return ckpt
     except Exception as e:
-        raise data.UserError(f"{path}: is no checkpoint of this train.py, or is damaged ({data.reason(e)}): "
+        raise data.UserError(f"{path}: cannot be read as a checkpoint of this train.py ({data.reason(e)}): "
                              "pass a pretrained.pt or finetuned.pt")
-    return ckpt
 
 
 def network(ckpt):
@@ -490,7 +492,7 @@ def main(argv=None):
             tell(runs[0])
         groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups), default=str, skipkeys=True)
+            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups))
             Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda nan: None)))  # JSON knows no NaN
 
 
