@@ -11,7 +11,6 @@ where the sum of two spikes counts twice. In q (k^T v) a spike of k adds a row o
 Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import importlib.util
@@ -41,6 +40,7 @@ import neuron
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
 PRETRAINING = "pretrain_epochs", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_lr", "views"  # settings of it alone
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
+MAC, AC = 4.6e-6, 0.9e-6  # uJ of a multiply-accumulate and of an accumulate: 45 nm
 ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first layer and where
   the input is no sum of spikes, as of the head; batch norm is folded into the weights; membranes and memory cost nothing; without
   spikes no zero is skipped"""
@@ -214,49 +214,51 @@ def alignment_uniformity(a, b, z):
 def spike_figures(net, run, n, T):
     """Call run(), which passes n recordings of T steps through `net`, and sum up by forward hooks what its layers see.
 
-    Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
-    spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
+    Returns run()'s result; a dict with MACs, operations and energy (uJ) of a recording, firing rate and silent neurons
+    (no spike in any recording) in percent, in all and for each of its "layers"; and {layer: spikes [T, 16] of the first
+    recording, of neurons drawn by lot}.
     """
-    sums, rasters, calls = defaultdict(lambda: dict(macs=0, operations=0, spikes=0, real=False)), {}, Counter()
+    layers, spikes, rasters, calls = {}, {}, {}, Counter()
 
     def see(name, module, inputs, out):
-        lif = isinstance(module, neuron.LIF)
-        calls[name, lif] += 1
-        if calls[name, lif] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
-            name = f"{name} ({calls[name, lif]})"
-        if lif:
-            if name not in rasters:
-                some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
-                rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
-            sums[name]["spikes"] += out.sum((0, 1), dtype=torch.float32)  # of every neuron
+        spiking = isinstance(module, neuron.LIF)
+        calls[name, spiking] += 1
+        if calls[name, spiking] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
+            name = f"{name} ({calls[name, spiking]})"
+        layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0, energy=0))
+        if spiking:
+            spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)  # of every neuron
+            some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16]
+            rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, some])
             return
         if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
             x = torch.stack(out.chunk(3, 2)[:2])  # q and k: the two products take 16 MACs for each of their values
             macs = 16 * x.numel()
         else:
             x, macs = inputs[0], out.numel() * module.weight[0].numel()
-        sums[name]["macs"] += macs
-        sums[name]["operations"] += macs * x.mean(dtype=torch.float64)
-        sums[name]["real"] |= len(sums) == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
+        real = calls.total() == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
+        operations = 0 if real else macs * x.mean(dtype=torch.float64).item()
+        layer["macs"] += macs
+        layer["operations"] += operations
+        layer["energy"] += MAC * macs if real else AC * operations
 
     def rates(spikes):
         return dict(rate=100 * spikes.mean().item() / (n * T), silent=100 * (spikes == 0).float().mean().item())
 
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(net.register_forward_pre_hook(lambda *_: calls.clear()))
-        for name, m in net.named_modules():
-            layer = functools.partial(see, name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif"))
-            if isinstance(m, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
-                hooks.enter_context(getattr(m, "qkv", m).register_forward_hook(layer))
-        result = run()
-    layers = []
-    for name, s in sums.items():
-        macs, operations = s["macs"] / n, 0.0 if s["real"] else float(s["operations"]) / n
-        layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if s["real"] else 0.9e-6 * operations))
-        layers[-1] |= rates(s["spikes"]) if name in rasters else {}
-    total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")}
-    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters])) if rasters else {}  # a network without spikes
-    return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
+    hooks = [net.register_forward_pre_hook(lambda *_: calls.clear())]
+    for name, module in net.named_modules():
+        if isinstance(module, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
+            name = re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
+            hooks.append(getattr(module, "qkv", module).register_forward_hook(functools.partial(see, name)))
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    sums = ("macs", "operations", "energy")
+    for name, layer in layers.items():
+        layer |= {k: layer[k] / n for k in sums} | (rates(spikes[name]) if name in spikes else {})
+    total = {k: sum(layer[k] for layer in layers.values()) for k in sums}
+    total |= rates(torch.cat([s.flatten() for s in spikes.values()])) if spikes else {}  # a network without spikes
+    return result, total | dict(layers=[*layers.values()], energy_without_spikes=MAC * total["macs"]), rasters
 
 
 def figures(path, ckpt, args):
