@@ -11,6 +11,7 @@ where the sum of two spikes counts twice. In q (k^T v) a spike of k adds a row o
 Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
+import copy
 import csv
 import functools
 import importlib.util
@@ -187,18 +188,23 @@ def accuracy_line(logits, labels):
 
 
 def accuracy_figures(logits, labels, classes):
-    """What logits [T, N, C] say of labels [N], a dict. In percent: accuracy, its 95 % interval [low, high], top5 (None up to 10 classes),
-    by_class, and steps, [accuracy, low, high] after 1 to T steps. In recordings: confusion [C][C], a row for each true class, and
-    worst, the five most frequent errors as [count, true, guessed]."""
-    T, N, C = logits.shape
-    guesses = torch.stack([logits[: t + 1].mean(0).argmax(1) for t in range(T)])  # [T, N]
+    """What logits [T, N, C] say of labels [N], a dict.
+
+    In percent: accuracy, its 95 % interval [low, high], top5 (None up to 10 classes), by_class, and steps, [accuracy, low,
+    high] after 1 to T steps. In recordings: confusion [C][C], a row for each true class, and worst, the five most frequent
+    errors as [count, true, guessed].
+    """
+    _, N, C = logits.shape
+    guesses = logits.cumsum(0).argmax(2)  # [T, N]; the largest sum over steps 1 to t is the largest mean
     steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
     confusion = torch.bincount(labels * C + guesses[-1], minlength=C * C).view(C, C)  # [true, guessed]
-    confused = ([n, a, b] for a, row in zip(classes, confusion.tolist()) for b, n in zip(classes, row) if n and a != b)
-    top5 = wilson((logits.mean(0).topk(min(5, C)).indices == labels[:, None]).sum().item(), N)[0]
-    return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, top5=top5 if C > 10 else None, confusion=confusion.tolist(),
-                by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
-                worst=sorted(confused, reverse=True)[:5])
+    errors = confusion - confusion.diag().diag()
+    worst = [[errors[i, j].item(), classes[i], classes[j]] for i, j in errors.nonzero().tolist()]
+    five = logits.sum(0).topk(min(5, C)).indices  # [N, 5]
+    return dict(
+        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, worst=sorted(worst, reverse=True)[:5],
+        top5=wilson((five == labels[:, None]).sum().item(), N)[0] if C > 10 else None,
+        confusion=confusion.tolist(), by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist())
 
 
 def alignment_uniformity(a, b, z):
@@ -206,9 +212,8 @@ def alignment_uniformity(a, b, z):
 
     alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over pairs i != j, best about -4.
     """
-    (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
-    total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
-    return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
+    a, b, z = (F.normalize(f, dim=1) for f in (a, b, z))
+    return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=F.pdist(z).square().mul(-2).exp().mean().log().item())
 
 
 def spike_figures(net, run, n, T):
@@ -261,56 +266,74 @@ def spike_figures(net, run, n, T):
     return result, total | dict(layers=[*layers.values()], energy_without_spikes=MAC * total["macs"]), rasters
 
 
-def figures(path, ckpt, args):
-    """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
-    made, classes, name = ckpt["args"], ckpt["classes"], os.path.normpath(args.dataset or ckpt["args"]["dataset"])
+def seconds(net, x):
+    """Median time that `net` takes for x [T, B, 2, H, W], of ten after one to warm up."""
+    times = []
+    with torch.no_grad(), autocast(x.device):
+        for _ in range(11):
+            began = time.perf_counter()
+            net(x).cpu()  # waits for a GPU
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def examine(path, ckpt, args):
+    """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; draws these if args say where."""
+    made, classes = ckpt["args"], ckpt["classes"]
+    name = os.path.normpath(args.dataset or made["dataset"])
     own = name == made["dataset"]
-    splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken,
-                       args.sensor or (made.get("sensor") if own else None))
-    train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
+    train, test = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"],
+                            made["skip_broken"] or args.skip_broken, args.sensor or (made.get("sensor") if own else None))
     data.compare_sensors(made, name, train)
-    if own and made.get("recordings") not in (None, counts := f"{len(train.labels)}+{len(test.labels)}"):
-        print(f"warning: {name} holds {counts} recordings, {made['recordings']} when {path} was trained: some of those may be tested on now",
-              file=sys.stderr)
-    net, n = restore(ckpt, args.device), len(test.labels)
+    n, bank_labels, labels = len(test.labels), torch.tensor(train.labels), torch.tensor(test.labels)
+    counts = f"{len(train.labels)}+{n}"
+    if own and made.get("recordings", counts) != counts:
+        warn(f"{name} holds {counts} recordings, {made['recordings']} when {path} was trained: "
+             "some of those may be tested on now")
+
+    net = restore(ckpt, args.device)
     encoder = net.encoder if ckpt["kind"] == "finetuned" else net
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    before = copy.deepcopy(encoder.state_dict())
     run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
-    out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
-    f |= dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
-    if dead := [x["layer"] for x in f["layers"] if x.get("silent") == 100]:
-        print(f"warning: {path}: {', '.join(dead)} never spike: nothing gets through them, and figures say nothing about the method",
-              file=sys.stderr)
+    test_net = functools.partial(run, net, test, each_step=True)
+    out, f, rasters = spike_figures(net, test_net, n, made["n_frames"])  # out: [T, N, classes or features]
+    f |= dict(path=path, kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
+    if dead := [layer["layer"] for layer in f["layers"] if layer.get("silent") == 100]:
+        warn(f"{path}: {', '.join(dead)} never spike: nothing gets through them, and figures say nothing about the method")
     if ckpt["kind"] == "finetuned":
-        f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
+        f["strangers"] = [sorted(set(a) - set(b)) for a, b in ((test.classes, classes), (classes, test.classes))]
         if not any(f["strangers"]):
-            f |= accuracy_figures(out, torch.tensor([classes.index(c) for c in test.classes])[test.labels], classes)
-    bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])
-    scores = (("knn", knn_accuracy), ("probe", probe_accuracy)) if len(train.classes) > 1 else ()
-    f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in scores}
+            index = torch.tensor([classes.index(c) for c in test.classes])
+            f |= accuracy_figures(out, index[labels], classes)
+
+    bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])  # [N, D]
+    if len(train.classes) > 1:
+        f["knn"] = 100 * knn_accuracy(bank, bank_labels, z, labels)
+        f["probe"] = 100 * probe_accuracy(bank, bank_labels, z, labels)
     torch.manual_seed(0)  # always the same views
     f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
-    x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
+    f["frozen"] = all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
-    def seconds(x):
-        ends = []
-        for _ in range(11):  # the first warms up
-            net(x).cpu()  # waits for a GPU
-            ends.append(time.perf_counter())
-        return statistics.median(b - a for a, b in zip(ends, ends[1:]))
-    with torch.no_grad(), autocast(args.device):
-        batch, one = seconds(x), seconds(x[:, :1].contiguous())
-    f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
-              frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
-    x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
-    torch.manual_seed(0)
-    return f, dict(rasters=rasters, features=z, labels=test.labels, names=test.classes, frames=[x, view(x), view(x)])
+    x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
+    f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1],
+              per_second=x.shape[1] / seconds(net, x), latency=1000 * seconds(net, x[:, :1].contiguous()))
+    if args.pictures:
+        x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
+        torch.manual_seed(0)
+        show = dict(rasters=rasters, features=z, labels=labels, names=test.classes, frames=[x, view(x), view(x)])
+        draw(f, show, Path(args.pictures))
+    return f
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def tell(f):
     """Print the figures of one checkpoint."""
     made, T, few = f["args"], f["args"]["n_frames"], len(f["classes"]) <= 20
-    print(f"{f['path']}: {f['kind']} {made['arch']}, T = {T}, {made['image_size']} x {made['image_size']} pixels, on {f['dataset']}")
+    size = f"{made['image_size']} x {made['image_size']}"
+    print(f"{f['path']}: {f['kind']} {made['arch']}, T = {T}, {size} pixels, on {f['dataset']}")
     if any(f.get("strangers", ())):
         print("no accuracy, the classes do not agree: only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
     if "accuracy" in f:
@@ -320,53 +343,56 @@ def tell(f):
         for n, a, b in f["worst"]:
             print(f"  {n} x {a} taken for {b}")
         print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
-        print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + (f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""))
+        top5 = f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""
+        print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + top5)
     print(f"{'layer':18} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
     for x in f["layers"] + [f | dict(layer="all")]:
         rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
         print(f"{x['layer']:18} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
     dense = f["energy_without_spikes"]
-    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
-    print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; {latency:.2f} ms for one".format(**f))
+    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one")
+    print(ASSUMED)
+    print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; "
+          "{latency:.2f} ms for one".format(**f))
     frozen = "unchanged" if f["frozen"] else "CHANGED"
     print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {frozen} by all this")
     if "knn" in f:
-        print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
+        print("frozen features: kNN {knn:.2f} %, linear probe {probe:.2f} % ({recordings} test recordings)".format(**f))
     if "accuracy" in f:
         print(LAST_LINE.format(f["accuracy"], f["recordings"]))
 
 
 def table(runs):
-    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed; returns these groups.
+    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed.
 
-    A group is called by the settings that are not the same in all runs. Of an encoder given by --init those of its pre-training count.
+    Returns these groups. A group is called by the settings that are not the same in all runs. Of a run from scratch those
+    of pre-training do not count; of an encoder given by --init those of its pre-training do.
     """
-    aside, groups, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), [], defaultdict(dict)
+    recipes = defaultdict(dict)
     for f in runs:
         settings = f["args"] | dict(kind=f["kind"], dataset=f["dataset"])
-        idle = () if settings["pretrain_epochs"] else (*PRETRAINING[1:], "pretrained_on")
-        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in (*aside, *idle))
-        by_recipe[recipe][settings["seed"], settings.get("init")] = f  # of one seed and encoder, the last
-    values = defaultdict(set)
-    for k, v in itertools.chain(*by_recipe):
-        values[k].add(v)
+        aside = {"seed", "out", "root", "device", "resume", "no_compile", "init"}
+        if not settings["pretrain_epochs"]:
+            aside |= {*PRETRAINING, "pretrained_on"} - {"pretrain_epochs"}
+        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in aside)
+        recipes[recipe][settings["seed"], settings.get("init")] = f  # of one seed and encoder, the last
+    variants = Counter(k for k, _ in set().union(*recipes))  # how many values a setting has in all runs
 
-    def cell(k, values):
-        return " ± ".join(f"{v:.{2 if UNITS[k] else 3}f}" for v in values) or "-"
-
-    rows = [("", [f"{k}, {unit}".strip(", ") for k, unit in UNITS.items()])]
-    rows += [(f["path"], [cell(k, [f[k]] if k in f else []) for k in UNITS]) for f in runs]
-    for recipe, of_seed in by_recipe.items():
-        same = list(of_seed.values())
-        if len(same) > 1:
-            title = ", ".join([*(f"{k} {v}" for k, v in recipe if len(values[k]) > 1), f"{len(same)} seeds"])
-            columns = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
-            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in columns.items()}
-            rows.append((title, [cell(k, spread.get(k, [])) for k in UNITS]))
+    rows = [(f["path"], {k: [f[k]] for k in UNITS if k in f}) for f in runs]  # name, {figure: [value]}
+    groups = []
+    for recipe, by_seed in recipes.items():
+        if len(by_seed) > 1:
+            same = list(by_seed.values())
+            title = ", ".join([f"{k} {v}" for k, v in recipe if variants[k] > 1] + [f"{len(same)} seeds"])
+            values = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
+            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in values.items()}
+            rows.append((title, spread))
             groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
     width = max(len(name) for name, _ in rows)
-    for name, cells in rows:
-        print(name.ljust(width), *(cell.rjust(15) for cell in cells))
+    print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
+    for name, columns in rows:
+        cells = [" ± ".join(f"{v:.{2 if unit else 3}f}" for v in columns.get(k, [])) for k, unit in UNITS.items()]
+        print(name.ljust(width), *(f"{cell or '-':>15}" for cell in cells))
     return groups
 
 
@@ -461,16 +487,18 @@ def draw_classes(f, show, page):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
-    parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
-    parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
-    parser.add_argument("--sensor", type=int, nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
-    parser.add_argument("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
-    parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = data.fail
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
+    add("--dataset", help="data to test on, if not those of the checkpoint")
+    add("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
+    add("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
+    add("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
+    add("--json", metavar="FILE", help="write all figures to this file")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     args = data.parse(parser, argv)
     with data.answers("choose another --device", ""):
         data.check_device(args.device)
@@ -480,22 +508,17 @@ def main(argv=None):
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
             args.pictures = None
         ckpts = [load_checkpoint(path) for path in args.ckpt]  # all of them, to complain before the work
-        try:
-            if args.pictures:
-                Path(args.pictures).mkdir(parents=True, exist_ok=True)
-            if args.json:
-                open(args.json, "a").close()
-        except OSError as e:
-            raise data.UserError(f"{e.filename}: cannot be written ({e.strerror}): choose another place")
-        runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1 or None), ckpts)))
         if args.pictures:
-            draw(runs[0], shows[0], Path(args.pictures))
+            Path(args.pictures).mkdir(parents=True, exist_ok=True)
+        if args.json:
+            open(args.json, "a").close()
+        work = tqdm([*zip(args.ckpt, ckpts)], disable=None)  # on a terminal alone
+        runs = [examine(path, ckpt, args) for path, ckpt in work]
         if len(runs) == 1:
             tell(runs[0])
         groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups))
-            Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda nan: None)))  # JSON knows no NaN
+            Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
 
 
 if __name__ == "__main__":
