@@ -11,7 +11,6 @@ v, and a spike of q a row of k^T v. In this order: figures, text, pictures, chec
 Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
-import copy
 import csv
 import functools
 import importlib.util
@@ -160,7 +159,7 @@ def spike_figures(net, run):
         calls[name, spiking] += 1
         if calls[name, spiking] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
             name = f"{name} ({calls[name, spiking]})"
-        sum_up = sums[name].update  # adds
+        total = sums[name]  # made here, so that layers come in order
         if spiking:
             spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)  # of every neuron
             some = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
@@ -173,7 +172,7 @@ def spike_figures(net, run):
             x, macs = inputs[0], out.numel() * module.weight[0].numel()
         real = calls.total() == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
         operations = 0 if real else macs * x.mean(dtype=torch.float64).item()
-        sum_up(macs=macs, operations=operations, energy=MAC * macs if real else AC * operations)
+        total.update(macs=macs, operations=operations, energy=MAC * macs if real else AC * operations)  # adds
 
     hooks = [net.register_forward_pre_hook(lambda *_: calls.clear())]
     for name, module in net.named_modules():
@@ -183,7 +182,6 @@ def spike_figures(net, run):
     result = run()
     for hook in hooks:
         hook.remove()
-
     T, n = result.shape[:2]
 
     def rates(counts):  # spikes of each neuron
@@ -208,26 +206,26 @@ def examine(path, ckpt, args):
     train, test = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"],
                             made["skip_broken"] or args.skip_broken, args.sensor or own and made.get("sensor") or None)
     data.compare_sensors(made, name, train)
-    n, bank_labels, labels = len(test.labels), torch.tensor(train.labels), torch.tensor(test.labels)
-    counts = f"{len(bank_labels)}+{n}"
+    bank_labels, labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    counts = f"{len(bank_labels)}+{len(labels)}"
     if own and made.get("recordings", counts) != counts:
         print(f"warning: {name} holds {counts} recordings, {made['recordings']} when {path} was trained: "
               "some of those may be tested on now", file=sys.stderr)
     net = restore(ckpt, args.device)
     encoder = net.encoder if ckpt["kind"] == "finetuned" else net
-    before = copy.deepcopy(encoder.state_dict())
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
     run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
 
     out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True))  # out: [T, N, classes or features]
-    f |= dict(path=path, kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device,
-              parameters=sum(p.numel() for p in net.parameters()))
+    f |= dict(path=path, kind=ckpt["kind"], dataset=name, recordings=len(labels), args=made, classes=classes,
+              device=args.device, parameters=sum(p.numel() for p in net.parameters()))
     if dead := [layer["layer"] for layer in f["layers"] if layer.get("silent") == 100]:
         print(f"warning: {path}: {', '.join(dead)} never spike: nothing gets through them", file=sys.stderr)
-    if ckpt["kind"] == "finetuned":
-        f["strangers"] = [sorted(set(a) - set(b)) for a, b in ((test.classes, classes), (classes, test.classes))]
-        if not any(f["strangers"]):
-            order = torch.tensor([classes.index(c) for c in test.classes])
-            f |= accuracy_figures(out, order[labels], classes)
+    if ckpt["kind"] == "finetuned" and set(classes) == set(test.classes):
+        order = torch.tensor([classes.index(c) for c in test.classes])
+        f |= accuracy_figures(out, order[labels], classes)
+    elif ckpt["kind"] == "finetuned":
+        f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
 
     bank, z = run(encoder, train), run(encoder, test)  # features [N, D]
     if len(train.classes) > 1:
@@ -245,10 +243,7 @@ def examine(path, ckpt, args):
         f |= dict(batch=x.shape[1], per_second=x.shape[1] / seconds(x), latency=1000 * seconds(x[:, :1].contiguous()))
     f["frozen"] = all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     if args.pictures:
-        x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
-        torch.manual_seed(0)
-        frames = {"recording": x, "a view of it": view(x), "another view": view(x)}
-        draw(f, rasters, frames, z, labels, test.classes, Path(args.pictures))
+        draw(f, test, view, z, rasters, Path(args.pictures))
     return f
 
 
@@ -256,9 +251,9 @@ def tell(f):
     """Print the figures of one checkpoint."""
     made, T, few = f["args"], f["args"]["n_frames"], len(f["classes"]) <= 20
     print("{path}: {kind} {arch}, T = {n_frames}, {image_size} x {image_size} pixels, on {dataset}".format(**made | f))
-    if any(f.get("strangers", ())):
-        in_data, in_ckpt = f["strangers"]
-        print(f"no accuracy, the classes do not agree: only in the data {in_data}, only in the checkpoint {in_ckpt}")
+    if "strangers" in f:
+        print("no accuracy, the classes do not agree: "
+              "only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
     if "accuracy" in f:
         print("accuracy by class" + few * ", and the confusion matrix: rows true, columns predicted, in the same order")
         for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
@@ -317,11 +312,10 @@ def table(runs):
     return groups
 
 
-def draw(f, rasters, frames, features, labels, names, folder):
+def draw(f, test, view, features, rasters, folder):
     """The figures `f` as PNG files in `folder`, in colours that the colour-blind can tell apart.
 
-    rasters: {layer: spikes [T, 16]}; frames: {name: [T, 1, 2, H, W]}, a recording and views of it; features [N, D] and
-    labels [N] of the test recordings, names of their classes.
+    test: the split; view: makes views of its frames; features: its features [N, D]; rasters: {layer: spikes [T, 16]}.
     """
     import matplotlib  # here, for it is optional
     from matplotlib.figure import Figure
@@ -355,11 +349,13 @@ def draw(f, rasters, frames, features, labels, names, folder):
         loss.legend(), share.legend()
 
     # Frames of a recording, at most eight, and of two views of it.
-    steps, most = range(0, T, math.ceil(T / 8)), max(1, *(x.max() for x in frames.values()))
-    axes = page("frames", 1.6 * len(steps) + 0.5, 5.2, len(frames), len(steps))
-    for line, (name, x) in zip(axes, frames.items()):
+    recording = torch.as_tensor(test.frames[len(features) // 2]).float()[:, None]  # [T, 1, 2, H, W]
+    torch.manual_seed(0)
+    rows = {"recording": recording, "a view of it": view(recording), "another view": view(recording)}
+    steps = range(0, T, math.ceil(T / 8))
+    for line, name in zip(page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps)), rows):
         for ax, t in zip(line, steps):
-            off, on = (x[t, 0] / most).sqrt()  # [H, W]
+            off, on = (rows[name][t, 0] / recording.max().clamp(min=1)).sqrt()  # [H, W]
             ax.imshow(1 - torch.stack([on, (on + off) / 2, off], -1).numpy())  # orange, blue, black for both
             ax.set(xticks=[], yticks=[], title=f"t = {t + 1}" if name == "recording" else "")
         line[0].set_ylabel(name)
@@ -367,14 +363,14 @@ def draw(f, rasters, frames, features, labels, names, folder):
 
     # Sixteen neurons of each layer over time; what every layer does.
     if rasters:  # a network without spikes has none
-        y, rows = range(len(layers)), [layer["layer"] for layer in layers]
-        spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in rows], 1)  # [T, 16 for each layer]
+        y, names = range(len(layers)), [layer["layer"] for layer in layers]
+        spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)  # [T, 16 for each layer]
         t, k = spikes.nonzero().T.numpy()
         [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
         raster.hlines((k + 0.5) / 16 - 0.5, t + 0.6, t + 1.4, color="black", lw=1.5)
         raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="lightgrey", lw=0.8)
         raster.set(title="16 neurons of each layer", xlabel="time step", xticks=range(1, T + 1, 1 + T // 9),
-                   xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=rows)
+                   xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=names)
         labelled = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
         for ax, (key, label) in zip(bars, labelled.items()):
             ax.barh(y, [layer.get(key, 0) for layer in layers], 0.7)
@@ -382,7 +378,7 @@ def draw(f, rasters, frames, features, labels, names, folder):
 
     # Accuracy by time step, and the confusion matrix.
     if "accuracy" in f:
-        counts, t, side = np.array(f["confusion"]), range(1, T + 1), 3.4 + 0.12 * len(names)
+        counts, t, side = np.array(f["confusion"]), range(1, T + 1), 3.4 + 0.12 * len(test.classes)
         percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
         [[curve, matrix]] = page("accuracy", 4 + side, side, 1, 2, width_ratios=[3.6, side])
         share, low, high = zip(*f["steps"])
@@ -391,8 +387,8 @@ def draw(f, rasters, frames, features, labels, names, folder):
         curve.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=t[:: 1 + T // 9])
         matrix.imshow(percent, "Blues", vmin=0, vmax=100)
         for i, j in np.argwhere(counts):
-            colour = "white" if percent[i, j] > 50 else "black"
-            matrix.text(j, i, counts[i, j], size=8, ha="center", va="center", color=colour)
+            white = percent[i, j] > 50
+            matrix.text(j, i, counts[i, j], size=8, ha="center", va="center", color="white" if white else "black")
         matrix.set(title="recordings; colour: share of the class", xlabel="taken for", ylabel="class")
         matrix.set_xticks(range(len(counts)), f["classes"], rotation=90, size=8)
         matrix.set_yticks(range(len(counts)), f["classes"], size=8)
@@ -402,19 +398,19 @@ def draw(f, rasters, frames, features, labels, names, folder):
     _, s, directions = torch.linalg.svd(z, full_matrices=False)
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
     [[ax]] = page("map", 9, 6.75)
-    for c in labels.unique().tolist():
-        x, y = points[labels == c].T.numpy()
+    for c in np.unique(test.labels):
+        x, y = points[test.labels == c].T.numpy()
         ax.scatter(x, y, 18, f"C{c % 7}", marker="o^sDv"[c % 5])
-        ax.text(np.median(x), np.median(y), names[c], ha="center", bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
-    ax.set(xlabel=f"first principal component, {percent[0]:.0f} % of the variance",
-           ylabel=f"second, {percent[1]:.0f} %")
+        ax.text(np.median(x), np.median(y), test.classes[c], ha="center", bbox=dict(color="white", alpha=0.85, pad=1))
+    x, y = (f"principal component {i + 1}, {percent[i]:.0f} % of the variance" for i in (0, 1))
+    ax.set(xlabel=x, ylabel=y)
 
     for name, figure in pages.items():
         figure.savefig(folder / f"{name}.png")
 
 
 def read_checkpoint(path):
-    """The dict that torch.save wrote to a file, or an exception. Runs no code of it, takes no memory for what it claims.
+    """The dict that torch.save wrote, or an exception. Runs no code of the file, takes no memory for what it claims.
 
     Its pickle may name only what tensors need, and weights_only loads nothing else; its tensors are views of the file,
     mapped into memory, so none can be larger than the file; all must be dense and finite.
