@@ -152,7 +152,7 @@ def spike_figures(net, run):
     (no spike in any recording) in percent, in all and for each of its "layers"; and {layer: spikes [T, 16] of the first
     recording, of neurons evenly spread}.
     """
-    sums, spikes, rasters, calls = defaultdict(Counter), {}, {}, Counter()  # by name of the layer
+    sums, spikes, rasters, calls = defaultdict(Counter), {}, {}, Counter()  # each by the name of a layer
 
     def see(name, module, inputs, out):
         spiking = isinstance(module, neuron.LIF)
@@ -193,7 +193,7 @@ def spike_figures(net, run):
         if name in spikes:
             layers[-1] |= rates(spikes[name])
     f = {k: sum(layer[k] for layer in layers) for k in columns}
-    if spikes:  # none in a network without LIF
+    if spikes:  # a network without any has no rate
         f |= rates(torch.cat([counts.flatten() for counts in spikes.values()]))
     return result, f | dict(layers=layers, energy_without_spikes=MAC * f["macs"]), rasters
 
@@ -319,7 +319,8 @@ def draw(f, test, view, features, rasters, folder):
     """
     import matplotlib  # here, for it is optional
     from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "text.parse_math": False})
+    colours = matplotlib.cycler(color=COLOURS)
+    matplotlib.rcParams.update({"axes.prop_cycle": colours, "text.parse_math": False, "legend.frameon": False})
     made, T, layers, pages = f["args"], f["args"]["n_frames"], f["layers"], {}
 
     def page(name, width, height, rows=1, columns=1, **options):  # in inches -> axes [rows, columns]
@@ -397,16 +398,20 @@ def draw(f, test, view, features, rasters, folder):
     z = features - features.mean(0)
     _, s, directions = torch.linalg.svd(z, full_matrices=False)
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
-    [[ax]] = page("map", 9, 6.75)
+    width = max(9, len(test.classes) / 7)
+    [[ax]] = page("map", width, 0.75 * width)
     for c in np.unique(test.labels):
         x, y = points[test.labels == c].T.numpy()
         ax.scatter(x, y, 18, f"C{c % 7}", marker="o^sDv"[c % 5])
-        ax.text(np.median(x), np.median(y), test.classes[c], ha="center", bbox=dict(color="white", alpha=0.85, pad=1))
+        ax.text(np.median(x), np.median(y), test.classes[c], size=8, bbox=dict(color="white", alpha=0.8, pad=1))
     x, y = (f"principal component {i + 1}, {percent[i]:.0f} % of the variance" for i in (0, 1))
     ax.set(xlabel=x, ylabel=y)
 
     for name, figure in pages.items():
         figure.savefig(folder / f"{name}.png")
+
+
+# Down to restore: checkpoints, which may be a stranger's. On a first reading, go on at main.
 
 
 def read_checkpoint(path):
@@ -448,7 +453,8 @@ def load_checkpoint(path):
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
         views = args["views"]
-        inspect.signature(data.augment).bind(None, **views), json.dumps(args)  # or an exception
+        inspect.signature(data.augment).bind(None, **views)  # raises what a call with such settings would
+        json.dumps(args)  # raises unless all are plain values
         texts = [*classes, args["dataset"], args["root"], args["pretrained_on"]]
         sizes = [args["image_size"], args["n_frames"], args["batch_size"]]
         numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(views.values())
