@@ -142,7 +142,7 @@ def alignment_uniformity(a, b, z):
     """
     a, b, z = (F.normalize(f, dim=1) for f in (a, b, z))
     return dict(alignment=(a - b).square().sum(1).mean().item(),
-                uniformity=F.pdist(z).square().mul(-2).exp().mean().log().item())
+                uniformity=F.pdist(z).square_().mul_(-2).exp_().mean().log().item())  # in place: N^2 / 2 floats
 
 
 def spike_figures(net, run):
@@ -203,8 +203,9 @@ def examine(path, ckpt, args):
     made, classes = ckpt["args"], ckpt["classes"]
     name = os.path.normpath(args.dataset or made["dataset"])
     own = name == made["dataset"]
+    sensor = args.sensor or (made.get("sensor") if own else None)
     train, test = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"],
-                            made["skip_broken"] or args.skip_broken, args.sensor or own and made.get("sensor") or None)
+                            made["skip_broken"] or args.skip_broken, sensor)
     data.compare_sensors(made, name, train)
     bank_labels, labels = torch.tensor(train.labels), torch.tensor(test.labels)
     counts = f"{len(bank_labels)}+{len(labels)}"
