@@ -1,22 +1,20 @@
 """What a checkpoint is worth: accuracy, representation, spikes and energy, as text, JSON and pictures.
 
-    python eval.py --ckpt runs/toy/finetuned.pt --pictures docs     # everything; of a pretrained.pt too, without accuracy
-    python eval.py --ckpt runs/*/finetuned.pt --json all.json       # a row each, then mean and deviation over seeds
-    python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER   # transfer: kNN and linear probe on other data
+    python eval.py --ckpt runs/toy/finetuned.pt --pictures docs    # everything; of a pretrained.pt all but accuracy
+    python eval.py --ckpt runs/*/finetuned.pt --json all.json      # a row each, then mean and deviation over seeds
+    python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER  # transfer: kNN and linear probe on other data
 
-A prediction after t steps is the mean of the logits over steps 1 to t. Features are those of the frozen encoder, averaged over time;
-kNN and probe learn from all training labels. Theoretical energy: 4.6 pJ a multiply-accumulate (MAC; not the loss term of that name),
-0.9 pJ a synaptic operation, which is an accumulate. Operations of a layer = its MACs x the mean of its input, that is the firing rate,
-where the sum of two spikes counts twice. In q (k^T v) a spike of k adds a row of v, and a spike of q a row of k^T v.
+A prediction after t steps is the mean of the logits over steps 1 to t. Features are the frozen encoder's, averaged over
+time; kNN and probe learn from all training labels. Synaptic operations of a layer = its multiply-accumulates x the mean
+of its input, that is the firing rate, where the sum of two spikes counts twice; in q (k^T v) a spike of k adds a row of
+v, and a spike of q a row of k^T v. In this order: figures, text, pictures, checkpoints, which may be a stranger's.
 Guarded by `python -m pytest test_all.py -k eval`.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -24,7 +22,7 @@ import pickletools
 import re
 import statistics
 import sys
-import time
+import timeit
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -38,24 +36,28 @@ import data
 import models
 import neuron
 
-UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")  # the columns of several checkpoints
-PRETRAINING = "pretrain_epochs", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_lr", "views"  # settings of it alone
+# The columns of several checkpoints, and the settings that matter to pre-training alone.
+UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")
+PRETRAINING = ("pretrain_epochs", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_lr", "views")
 LAST_LINE = "test accuracy {:.2f} % (last epoch, {} recordings)"
-ASSUMED = """  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first layer and where
-  the input is no sum of spikes, as of the head; batch norm is folded into the weights; membranes and memory cost nothing; without
-  spikes no zero is skipped"""
-BLUE, RED, *_ = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
+MAC, AC = 4.6e-6, 0.9e-6  # uJ of a multiply-accumulate (not the loss term of that name), of an accumulate
+ASSUMED = """\
+  assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first layer and where the
+  input is no sum of spikes, as of the head; batch norm is folded into the weights; membranes and memory cost nothing;
+  without spikes no zero is skipped"""
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
 
 
 def autocast(device):
-    """bf16 on a GPU, where float16 would overflow in spiking nets; float32 where bf16 is slower: on GPUs before Ampere and on CPUs."""
+    """bf16 on GPUs, where float16 would overflow in spiking nets; float32 where bf16 is slower: CPUs, older GPUs."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
 @torch.no_grad()
 def over_split(model, split, batch_size, device, each_step=False, view=lambda x: x):
-    """What `model` gives for all N recordings of a split, on the CPU: the mean over time, float [N, D]; with each_step [T, N, D].
+    """What `model` gives for a split of N recordings, on the CPU: the mean over time [N, D]; if each_step, [T, N, D].
 
     model: [T, B, 2, H, W] -> [T, B, D], left in evaluation mode; view: applied to every batch first, as data.augment.
     """
@@ -66,8 +68,41 @@ def over_split(model, split, batch_size, device, each_step=False, view=lambda x:
     return torch.cat(out, -2).cpu()
 
 
+def wilson(hits, n, z=1.959964):
+    """[share of hits, lower, upper end of its 95 % interval] in percent; Wilson 1927."""
+    p, w = hits / n, z * z / n
+    half = (w * p * (1 - p) + w * w / 4) ** 0.5
+    return [100 * p, 100 * max(0.0, p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)]
+
+
+def accuracy_line(logits, labels):
+    """The line that train.py ends with, of logits [N, C], averaged over time."""
+    hits = (logits.argmax(1) == torch.as_tensor(labels)).sum().item()
+    return LAST_LINE.format(100 * hits / len(labels), len(labels))
+
+
+def accuracy_figures(logits, labels, classes):
+    """What logits [T, N, C] say of labels [N], a dict.
+
+    In percent: accuracy, its 95 % interval [low, high], top5 (None up to 10 classes), by_class, and steps, [accuracy,
+    low, high] after 1 to T steps. In recordings: confusion [C][C], a row for each true class, and worst, the five most
+    frequent errors as [count, true, guessed].
+    """
+    _, N, C = logits.shape
+    guesses = logits.cumsum(0).argmax(2)  # [T, N]; of steps 1 to t, the largest sum is the largest mean
+    steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
+    five = logits.sum(0).topk(min(5, C)).indices  # [N, 5]
+    confusion = torch.bincount(labels * C + guesses[-1], minlength=C * C).view(C, C)  # [true, guessed]
+    errors = confusion - confusion.diag().diag()
+    worst = [[errors[i, j].item(), classes[i], classes[j]] for i, j in errors.nonzero().tolist()]
+    return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion.tolist(),
+                top5=100 * (five == labels[:, None]).sum().item() / N if C > 10 else None,
+                by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
+                worst=sorted(worst, reverse=True)[:5])
+
+
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Share of queries [M, D] whose k nearest of the bank [N, D] by cosine vote for their label, votes weighing exp(cos / temperature).
+    """Share of queries [M, D] for whose label their k nearest of the bank [N, D] vote, by exp(cosine / temperature).
 
     The evaluation of Wu et al. 2018; k is at most N; the similarities are taken 1,024 queries at a time.
     """
@@ -81,7 +116,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
-    """Share of queries [M, D] that a linear classifier fitted to the bank [N, D] gets right; labels int64 tensors [N], [M].
+    """Share of queries [M, D] that a linear classifier fitted to the bank [N, D] gets right; labels int64 [N], [M].
 
     Features standardised by the bank's mean and deviation, L2 penalty, at most 200 iterations of L-BFGS.
     """
@@ -100,64 +135,345 @@ def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
     return (head(queries).argmax(1) == labels).float().mean().item()
 
 
-HARMLESS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"  # all that the pickle of a checkpoint names
+def alignment_uniformity(a, b, z):
+    """Wang and Isola 2020, of features [N, D] made unit length: of two views of the recordings, and of themselves.
+
+    alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over pairs, best about -4.
+    """
+    a, b, z = (F.normalize(f, dim=1) for f in (a, b, z))
+    return dict(alignment=(a - b).square().sum(1).mean().item(),
+                uniformity=F.pdist(z).square_().mul_(-2).exp_().mean().log().item())  # in place: N^2 / 2 floats
+
+
+def spike_figures(net, run):
+    """Call run(), which passes recordings through `net` and gives [T, N, D]; sum up by forward hooks what layers see.
+
+    Returns run()'s result; a dict with MACs, operations and energy (uJ) of a recording, firing rate and silent neurons
+    (no spike in any recording) in percent, in all and for each of its "layers"; and {layer: spikes [T, 16] of the first
+    recording, of neurons evenly spread}.
+    """
+    sums, spikes, rasters, calls = defaultdict(Counter), {}, {}, Counter()  # each by the name of a layer
+
+    def see(name, module, inputs, out):
+        spiking = isinstance(module, neuron.LIF)
+        calls[name, spiking] += 1
+        if calls[name, spiking] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
+            name = f"{name} ({calls[name, spiking]})"
+        total = sums[name]  # made here, so that layers come in order
+        if spiking:
+            spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)  # of every neuron
+            some = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
+            rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, some])
+            return
+        if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
+            x = torch.stack(out.chunk(3, 2)[:2])  # q and k: the two products take 16 MACs for each of their values
+            macs = 16 * x.numel()
+        else:
+            x, macs = inputs[0], out.numel() * module.weight[0].numel()
+        real = calls.total() == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
+        operations = 0 if real else macs * x.mean(dtype=torch.float64).item()
+        total.update(macs=macs, operations=operations, energy=MAC * macs if real else AC * operations)  # adds
+
+    hooks = [net.register_forward_pre_hook(lambda *_: calls.clear())]
+    for name, module in net.named_modules():
+        if isinstance(module, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
+            name = re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
+            hooks.append(getattr(module, "qkv", module).register_forward_hook(functools.partial(see, name)))
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    T, n = result.shape[:2]
+
+    def rates(counts):  # spikes of each neuron
+        return dict(rate=100 * counts.mean().item() / (n * T), silent=100 * (counts == 0).float().mean().item())
+
+    columns, layers = ("macs", "operations", "energy"), []
+    for name, total in sums.items():
+        layers.append(dict(layer=name) | {k: total[k] / n for k in columns})
+        if name in spikes:
+            layers[-1] |= rates(spikes[name])
+    f = {k: sum(layer[k] for layer in layers) for k in columns}
+    if spikes:  # a network without any has no rate
+        f |= rates(torch.cat([counts.flatten() for counts in spikes.values()]))
+    return result, f | dict(layers=layers, energy_without_spikes=MAC * f["macs"]), rasters
+
+
+def examine(path, ckpt, args):
+    """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; draws these if args say where."""
+    made, classes = ckpt["args"], ckpt["classes"]
+    name = os.path.normpath(args.dataset or made["dataset"])
+    own = name == made["dataset"]
+    sensor = args.sensor or (made.get("sensor") if own else None)
+    train, test = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"],
+                            made["skip_broken"] or args.skip_broken, sensor)
+    data.compare_sensors(made, name, train)
+    bank_labels, labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    counts = f"{len(bank_labels)}+{len(labels)}"
+    if own and made.get("recordings", counts) != counts:
+        print(f"warning: {name} holds {counts} recordings, {made['recordings']} when {path} was trained: "
+              "some of those may be tested on now", file=sys.stderr)
+    net = restore(ckpt, args.device)
+    encoder = net.encoder if ckpt["kind"] == "finetuned" else net
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
+
+    out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True))  # out: [T, N, classes or features]
+    f |= dict(path=path, kind=ckpt["kind"], dataset=name, recordings=len(labels), args=made, classes=classes,
+              device=args.device, parameters=sum(p.numel() for p in net.parameters()))
+    if dead := [layer["layer"] for layer in f["layers"] if layer.get("silent") == 100]:
+        print(f"warning: {path}: {', '.join(dead)} never spike: nothing gets through them", file=sys.stderr)
+    if ckpt["kind"] == "finetuned" and set(classes) == set(test.classes):
+        order = torch.tensor([classes.index(c) for c in test.classes])
+        f |= accuracy_figures(out, order[labels], classes)
+    elif ckpt["kind"] == "finetuned":
+        f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
+
+    bank, z = run(encoder, train), run(encoder, test)  # features [N, D]
+    if len(train.classes) > 1:
+        f["knn"] = 100 * knn_accuracy(bank, bank_labels, z, labels)
+        f["probe"] = 100 * probe_accuracy(bank, bank_labels, z, labels)
+    torch.manual_seed(0)  # always the same views
+    view = functools.partial(data.augment, **made["views"])
+    f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
+
+    def seconds(x):  # the median of ten after one to warm up; .cpu() waits for a GPU
+        return statistics.median(timeit.repeat(lambda: net(x).cpu(), number=1, repeat=11)[1:])
+
+    x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
+    with torch.no_grad(), autocast(args.device):
+        f |= dict(batch=x.shape[1], per_second=x.shape[1] / seconds(x), latency=1000 * seconds(x[:, :1].contiguous()))
+    f["frozen"] = all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    if args.pictures:
+        draw(f, test, view, z, rasters, Path(args.pictures))
+    return f
+
+
+def tell(f):
+    """Print the figures of one checkpoint."""
+    made, T, few = f["args"], f["args"]["n_frames"], len(f["classes"]) <= 20
+    print("{path}: {kind} {arch}, T = {n_frames}, {image_size} x {image_size} pixels, on {dataset}".format(**made | f))
+    if "strangers" in f:
+        print("no accuracy, the classes do not agree: "
+              "only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
+    if "accuracy" in f:
+        print("accuracy by class" + few * ", and the confusion matrix: rows true, columns predicted, in the same order")
+        for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
+            print(f"  {name:18} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
+        for n, a, b in f["worst"]:
+            print(f"  {n} x {a} taken for {b}")
+        print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
+        top5 = f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""
+        print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + top5)
+    print(f"{'layer':18} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
+    for x in f["layers"] + [f | dict(layer="all")]:
+        rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
+        print(f"{x['layer']:18} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
+    dense = f["energy_without_spikes"]
+    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one",
+          ASSUMED, sep="\n")
+    print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; "
+          "{latency:.2f} ms for one\nalignment {alignment:.3f}, uniformity {uniformity:.3f}; encoder".format(**f),
+          "unchanged" if f["frozen"] else "CHANGED", "by all this")
+    if "knn" in f:
+        print("frozen features: kNN {knn:.2f} %, linear probe {probe:.2f} % ({recordings} test recordings)".format(**f))
+    if "accuracy" in f:
+        print(LAST_LINE.format(f["accuracy"], f["recordings"]))
+
+
+def table(runs):
+    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed.
+
+    Returns these groups, called by the settings that are not the same in all runs. Of a run from scratch the settings
+    of pre-training do not count; an encoder given by --init does, by those of its pre-training.
+    """
+    recipes = defaultdict(dict)
+    for f in runs:
+        settings = f["args"] | dict(kind=f["kind"], dataset=f["dataset"])
+        aside = {"seed", "out", "root", "device", "resume", "no_compile", "init"}
+        if not settings["pretrain_epochs"]:
+            aside |= {*PRETRAINING[1:], "pretrained_on"}
+        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in aside)
+        recipes[recipe][settings["seed"], settings.get("init")] = f  # of one seed and encoder, the last
+    variants = Counter(k for k, _ in set().union(*recipes))  # how many values a setting has in all runs
+    rows = [(f["path"], {k: [f[k]] for k in UNITS if k in f}) for f in runs]  # name, {figure: [value]}
+    groups = []
+    for recipe, by_seed in recipes.items():
+        same = list(by_seed.values())
+        if len(same) > 1:
+            title = ", ".join([f"{k} {v}" for k, v in recipe if variants[k] > 1] + [f"{len(same)} seeds"])
+            values = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
+            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in values.items()}
+            rows.append((title, spread))
+            groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
+    width = max(len(name) for name, _ in rows)
+    print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
+    for name, columns in rows:
+        cells = [" ± ".join(f"{v:.{2 if unit else 3}f}" for v in columns.get(k, [])) for k, unit in UNITS.items()]
+        print(name.ljust(width), *(f"{cell or '-':>15}" for cell in cells))
+    return groups
+
+
+def draw(f, test, view, features, rasters, folder):
+    """The figures `f` as PNG files in `folder`, in colours that the colour-blind can tell apart.
+
+    test: the split; view: makes views of its frames; features: its features [N, D]; rasters: {layer: spikes [T, 16]}.
+    """
+    import matplotlib  # here, for it is optional
+    from matplotlib.figure import Figure
+    colours = matplotlib.cycler(color=COLOURS)
+    matplotlib.rcParams.update({"axes.prop_cycle": colours, "text.parse_math": False, "legend.frameon": False})
+    made, T, layers, pages = f["args"], f["args"]["n_frames"], f["layers"], {}
+
+    def page(name, width, height, rows=1, columns=1, **options):  # in inches -> axes [rows, columns]
+        pages[name] = Figure((width, height), layout="constrained")
+        pages[name].suptitle(f["path"], size=8, color="grey")
+        return pages[name].subplots(rows, columns, squeeze=False, **options)
+
+    # Loss and accuracy by epoch, from the log.csv beside the checkpoint, if there is one.
+    log, file = defaultdict(list), Path(f["path"]).with_name("log.csv")
+    for row in csv.DictReader(file.read_text().splitlines() if file.exists() else []):
+        log[row["phase"]].append([float(row[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")])
+    about = dict(  # phase: loss at the level of chance, what its accuracy is
+        pretrain=((made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), "own key nearer than the queue"),
+        finetune=(math.log(len(f["classes"])), "training recordings"))
+    axes = page("curves", 9, 4.6, 2, len(log), sharex="col").T if log else ()
+    for (phase, rows), (loss, share) in zip(log.items(), axes):
+        epochs, losses, accuracy, knn = np.array(rows).T
+        chance, label = about[phase]
+        loss.axhline(chance, color="grey", ls="--", label="chance")
+        loss.plot(epochs, losses, ".-", ms=4)
+        loss.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance, losses.max())))
+        share.plot(epochs, 100 * accuracy, ".-", ms=4, label=label)
+        if phase == "pretrain":
+            share.plot(epochs, 100 * knn, "o", label="kNN, training recordings")
+        share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
+        share.xaxis.get_major_locator().set_params(integer=True)
+        loss.legend(), share.legend()
+
+    # Frames of a recording, at most eight, and of two views of it.
+    recording = torch.as_tensor(test.frames[len(features) // 2]).float()[:, None]  # [T, 1, 2, H, W]
+    torch.manual_seed(0)
+    rows = {"recording": recording, "a view of it": view(recording), "another view": view(recording)}
+    steps = range(0, T, math.ceil(T / 8))
+    for line, name in zip(page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps)), rows):
+        for ax, t in zip(line, steps):
+            off, on = (rows[name][t, 0] / recording.max().clamp(min=1)).sqrt()  # [H, W]
+            ax.imshow(1 - torch.stack([on, (on + off) / 2, off], -1).numpy())  # orange, blue, black for both
+            ax.set(xticks=[], yticks=[], title=f"t = {t + 1}" if name == "recording" else "")
+        line[0].set_ylabel(name)
+    pages["frames"].supxlabel("events: off orange, on blue", size=10)
+
+    # Sixteen neurons of each layer over time; what every layer does.
+    if rasters:  # a network without spikes has none
+        y, names = range(len(layers)), [layer["layer"] for layer in layers]
+        spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)  # [T, 16 for each layer]
+        t, k = spikes.nonzero().T.numpy()
+        [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
+        raster.hlines((k + 0.5) / 16 - 0.5, t + 0.6, t + 1.4, color="black", lw=1.5)
+        raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="lightgrey", lw=0.8)
+        raster.set(title="16 neurons of each layer", xlabel="time step", xticks=range(1, T + 1, 1 + T // 9),
+                   xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=names)
+        labelled = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
+        for ax, (key, label) in zip(bars, labelled.items()):
+            ax.barh(y, [layer.get(key, 0) for layer in layers], 0.7)
+            ax.set_xlabel(label)
+
+    # Accuracy by time step, and the confusion matrix.
+    if "accuracy" in f:
+        counts, t, side = np.array(f["confusion"]), range(1, T + 1), 3.4 + 0.12 * len(test.classes)
+        percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+        [[curve, matrix]] = page("accuracy", 4 + side, side, 1, 2, width_ratios=[3.6, side])
+        share, low, high = zip(*f["steps"])
+        curve.fill_between(t, low, high, alpha=0.2, lw=0)
+        curve.plot(t, share, "o-")
+        curve.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=t[:: 1 + T // 9])
+        matrix.imshow(percent, "Blues", vmin=0, vmax=100)
+        for i, j in np.argwhere(counts):
+            white = percent[i, j] > 50
+            matrix.text(j, i, counts[i, j], size=8, ha="center", va="center", color="white" if white else "black")
+        matrix.set(title="recordings; colour: share of the class", xlabel="taken for", ylabel="class")
+        matrix.set_xticks(range(len(counts)), f["classes"], rotation=90, size=8)
+        matrix.set_yticks(range(len(counts)), f["classes"], size=8)
+
+    # A map of the features: their first two principal components.
+    z = features - features.mean(0)
+    _, s, directions = torch.linalg.svd(z, full_matrices=False)
+    points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
+    width = max(9, len(test.classes) / 7)
+    [[ax]] = page("map", width, 0.75 * width)
+    for c in np.unique(test.labels):
+        x, y = points[test.labels == c].T.numpy()
+        ax.scatter(x, y, 18, f"C{c % 7}", marker="o^sDv"[c % 5])
+        ax.text(np.median(x), np.median(y), test.classes[c], size=8, bbox=dict(color="white", alpha=0.8, pad=1))
+    x, y = (f"principal component {i + 1}, {percent[i]:.0f} % of the variance" for i in (0, 1))
+    ax.set(xlabel=x, ylabel=y)
+
+    for name, figure in pages.items():
+        figure.savefig(folder / f"{name}.png")
+
+
+# Down to restore: checkpoints, which may be a stranger's. On a first reading, go on at main.
 
 
 def read_checkpoint(path):
-    """The dict in a file that torch.save wrote, or an exception. Runs no code of the file's and takes no memory for what it claims.
+    """The dict that torch.save wrote, or an exception. Runs no code of the file, takes no memory for what it claims.
 
-    Its pickle may name nothing but HARMLESS, and weights_only loads no others; its tensors are views of the file, mapped into
-    memory, so none can be larger than the file; all must be dense and finite.
+    Its pickle may name only what tensors need, and weights_only loads nothing else; its tensors are views of the file,
+    mapped into memory, so none can be larger than the file; all must be dense and finite.
     """
+    harmless = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
     with zipfile.ZipFile(path) as z:
         entries = z.infolist()
-        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > os.path.getsize(path) or z.testzip():
+        stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+        if not stored or sum(e.file_size for e in entries) > os.path.getsize(path) or z.testzip():
             raise ValueError("compressed, which torch.save does not do, or damaged")
         (pickled,) = [name for name in z.namelist() if name.endswith("/data.pkl")]
         for op, arg, _ in pickletools.genops(z.read(pickled)):
-            if "GLOBAL" in op.name and not re.fullmatch(HARMLESS, str(arg)):
+            if "GLOBAL" in op.name and not re.fullmatch(harmless, str(arg)):
                 raise ValueError(f"asks for {arg!r}")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    todo = [content]
+    parts = [content]
     for _ in range(10**6):  # a list that holds itself, or two of the next that holds two of the next, has no end
-        if not todo and type(content) is dict:
+        if not parts and type(content) is dict:
             return content
-        value = todo.pop()
-        if isinstance(value, dict):
-            todo += [*value, *value.values()]
-        elif isinstance(value, (list, tuple)):
-            todo += value
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, (list, tuple)):
+            parts += part
+        elif isinstance(part, torch.Tensor):
+            dense = part.layout == torch.strided and part.nbytes <= part.untyped_storage().nbytes()
+            if not dense or not part.isfinite().all():
                 raise ValueError("a tensor is larger than what it holds, or not finite")
-    raise ValueError("too many parts")
+    raise ValueError("no dict, or one of too many parts")
 
 
 def load_checkpoint(path):
-    """A checkpoint of train.py as a dict: kind, args, classes, weights, all of which fit one another. Raises UserError."""
+    """A checkpoint of train.py as a dict: kind, args, classes, weights, that fit one another. Raises UserError."""
     try:
         ckpt = read_checkpoint(path)
         kind, args, classes, weights = (ckpt[k] for k in ("kind", "args", "classes", "weights"))
-        texts = [*classes, *(args[k] for k in ("dataset", "root", "pretrained_on"))]
-        sizes = [args[k] for k in ("image_size", "n_frames", "batch_size")]
-        numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(args["views"].values())
+        views = args["views"]
+        inspect.signature(data.augment).bind(None, **views)  # raises what a call with such settings would
+        json.dumps(args)  # raises unless all are plain values
+        texts = [*classes, args["dataset"], args["root"], args["pretrained_on"]]
+        sizes = [args["image_size"], args["n_frames"], args["batch_size"]]
+        numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(views.values())
+        sensor = args.get("sensor") or [1, 1]  # earlier checkpoints do not say
         sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
-                 and set(args["views"]) <= set(list(inspect.signature(data.augment).parameters)[1:])
-                 and (args.get("sensor") is None or [type(n) for n in args["sensor"]] == [int, int]))
+                 and [type(n) for n in sensor] == [int, int])
         if not sound:
             raise ValueError("its settings cannot be")
         with torch.device("meta"):  # shapes only
-            net = network(ckpt)
-        if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in net.state_dict().items()}:
+            expected = network(ckpt).state_dict()
+        if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in expected.items()}:
             raise ValueError(f"its weights are not those of {args['arch']} in models.py")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-        raise data.UserError(f"{path}: cannot be read ({e.strerror}): pass a pretrained.pt or finetuned.pt of train.py")
+        return ckpt
     except Exception as e:
-        raise data.UserError(f"{path}: is no checkpoint of this train.py, or is damaged ({data.reason(e)}): "
+        raise data.UserError(f"{path}: cannot be read as a checkpoint of this train.py ({data.reason(e)}): "
                              "pass a pretrained.pt or finetuned.pt")
-    return ckpt
 
 
 def network(ckpt):
@@ -173,300 +489,19 @@ def restore(ckpt, device):
     return net.to(device).eval()
 
 
-def wilson(hits, n, z=1.959964):
-    """[share of hits, lower, upper end of its 95 % interval] in percent; Wilson 1927."""
-    p, w = hits / n, z * z / n
-    half = (w * p * (1 - p) + w * w / 4) ** 0.5
-    return [100 * p, 100 * max(0.0, p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)]
-
-
-def accuracy_line(logits, labels):
-    return LAST_LINE.format(wilson((logits.argmax(1) == torch.as_tensor(labels)).sum().item(), len(labels))[0], len(labels))
-
-
-def accuracy_figures(logits, labels, classes):
-    """What logits [T, N, C] say of labels [N], a dict. In percent: accuracy, its 95 % interval [low, high], top5 (None up to 10 classes),
-    by_class, and steps, [accuracy, low, high] after 1 to T steps. In recordings: confusion [C][C], a row for each true class, and
-    worst, the five most frequent errors as [count, true, guessed]."""
-    T, N, C = logits.shape
-    guesses = torch.stack([logits[: t + 1].mean(0).argmax(1) for t in range(T)])  # [T, N]
-    steps = [wilson(hits, N) for hits in (guesses == labels).sum(1).tolist()]
-    confusion = torch.bincount(labels * C + guesses[-1], minlength=C * C).view(C, C)  # [true, guessed]
-    confused = ([n, a, b] for a, row in zip(classes, confusion.tolist()) for b, n in zip(classes, row) if n and a != b)
-    top5 = wilson((logits.mean(0).topk(min(5, C)).indices == labels[:, None]).sum().item(), N)[0]
-    return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, top5=top5 if C > 10 else None, confusion=confusion.tolist(),
-                by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
-                worst=sorted(confused, reverse=True)[:5])
-
-
-def alignment_uniformity(a, b, z):
-    """Wang and Isola 2020, of features [N, D] made unit length. a, b: of two views of the same recordings; z: of the recordings.
-
-    alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over pairs i != j, best about -4.
-    """
-    (a, b, z), n = (F.normalize(f.double(), dim=1) for f in (a, b, z)), len(z)
-    total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # each with itself gives 1
-    return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - n) / (n * n - n)).log().item())
-
-
-def spike_figures(net, run, n, T):
-    """Call run(), which passes n recordings of T steps through `net`, and sum up by forward hooks what its layers see.
-
-    Returns run()'s result; for each layer and in all MACs, operations and energy (uJ) of a recording, firing rate and silent neurons (no
-    spike in any recording) in percent; and {layer: spikes [T, 16] of the first recording, of neurons drawn by lot}.
-    """
-    sums, rasters, calls = defaultdict(lambda: dict(macs=0, operations=0, spikes=0, real=False)), {}, Counter()
-
-    def see(name, module, inputs, out):
-        lif = isinstance(module, neuron.LIF)
-        calls[name, lif] += 1
-        if calls[name, lif] > 1:  # one LIF may serve in several places, and an encoder may have a head of its own
-            name = f"{name} ({calls[name, lif]})"
-        if lif:
-            if name not in rasters:
-                some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16].sort().values
-                rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
-            sums[name]["spikes"] += out.sum((0, 1), dtype=torch.float32)  # of every neuron
-            return
-        if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
-            x = torch.stack(out.chunk(3, 2)[:2])  # q and k: the two products take 16 MACs for each of their values
-            macs = 16 * x.numel()
-        else:
-            x, macs = inputs[0], out.numel() * module.weight[0].numel()
-        sums[name]["macs"] += macs
-        sums[name]["operations"] += macs * x.mean(dtype=torch.float64)
-        sums[name]["real"] |= len(sums) == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
-
-    def rates(spikes):
-        return dict(rate=100 * spikes.mean().item() / (n * T), silent=100 * (spikes == 0).float().mean().item())
-
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(net.register_forward_pre_hook(lambda *_: calls.clear()))
-        for name, m in net.named_modules():
-            layer = functools.partial(see, name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif"))
-            if isinstance(m, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
-                hooks.enter_context(getattr(m, "qkv", m).register_forward_hook(layer))
-        result = run()
-    layers = []
-    for name, s in sums.items():
-        macs, operations = s["macs"] / n, 0.0 if s["real"] else float(s["operations"]) / n
-        layers.append(dict(layer=name, macs=macs, operations=operations, energy=4.6e-6 * macs if s["real"] else 0.9e-6 * operations))
-        layers[-1] |= rates(s["spikes"]) if name in rasters else {}
-    total = {k: sum(x[k] for x in layers) for k in ("macs", "operations", "energy")}
-    total |= rates(torch.cat([sums[name]["spikes"].flatten() for name in rasters])) if rasters else {}  # a network without spikes
-    return result, total | dict(layers=layers, energy_without_spikes=4.6e-6 * total["macs"]), rasters
-
-
-def figures(path, ckpt, args):
-    """All numbers about the checkpoint at `path`, a dict for text, JSON and pictures; and what the pictures show besides, tensors."""
-    made, classes, name = ckpt["args"], ckpt["classes"], os.path.normpath(args.dataset or ckpt["args"]["dataset"])
-    own = name == made["dataset"]
-    splits = data.load(name, args.root or made["root"], made["n_frames"], made["image_size"], made["skip_broken"] or args.skip_broken,
-                       args.sensor or (made.get("sensor") if own else None))
-    train, test = (split._replace(labels=torch.as_tensor(split.labels)) for split in splits)
-    data.compare_sensors(made, name, train)
-    if own and made.get("recordings") not in (None, counts := f"{len(train.labels)}+{len(test.labels)}"):
-        print(f"warning: {name} holds {counts} recordings, {made['recordings']} when {path} was trained: some of those may be tested on now",
-              file=sys.stderr)
-    net, n = restore(ckpt, args.device), len(test.labels)
-    encoder = net.encoder if ckpt["kind"] == "finetuned" else net
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    run = functools.partial(over_split, batch_size=made["batch_size"], device=args.device)
-    out, f, rasters = spike_figures(net, lambda: run(net, test, each_step=True), n, made["n_frames"])  # [T, N, classes or features]
-    f |= dict(path=str(path), kind=ckpt["kind"], dataset=name, recordings=n, args=made, classes=classes, device=args.device)
-    if dead := [x["layer"] for x in f["layers"] if x.get("silent") == 100]:
-        print(f"warning: {path}: {', '.join(dead)} never spike: nothing gets through them, and figures say nothing about the method",
-              file=sys.stderr)
-    if ckpt["kind"] == "finetuned":
-        f["strangers"] = [sorted(set(test.classes) - set(classes)), sorted(set(classes) - set(test.classes))]
-        if not any(f["strangers"]):
-            f |= accuracy_figures(out, torch.tensor([classes.index(c) for c in test.classes])[test.labels], classes)
-    bank, z, view = run(encoder, train), run(encoder, test), functools.partial(data.augment, **made["views"])
-    scores = (("knn", knn_accuracy), ("probe", probe_accuracy)) if len(train.classes) > 1 else ()
-    f |= {k: 100 * score(bank, train.labels, z, test.labels) for k, score in scores}
-    torch.manual_seed(0)  # always the same views
-    f |= alignment_uniformity(run(encoder, test, view=view), run(encoder, test, view=view), z)
-    x = next(data.batches(test, made["batch_size"], args.device))[0]  # [T, B, 2, H, W]
-
-    def seconds(x):
-        ends = []
-        for _ in range(11):  # the first warms up
-            net(x).cpu()  # waits for a GPU
-            ends.append(time.perf_counter())
-        return statistics.median(b - a for a, b in zip(ends, ends[1:]))
-    with torch.no_grad(), autocast(args.device):
-        batch, one = seconds(x), seconds(x[:, :1].contiguous())
-    f |= dict(parameters=sum(p.numel() for p in net.parameters()), batch=x.shape[1], per_second=x.shape[1] / batch, latency=1000 * one,
-              frozen=all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()))
-    x = torch.as_tensor(test.frames[n // 2]).float()[:, None]  # [T, 1, 2, H, W]
-    torch.manual_seed(0)
-    return f, dict(rasters=rasters, features=z, labels=test.labels, names=test.classes, frames=[x, view(x), view(x)])
-
-
-def tell(f):
-    """Print the figures of one checkpoint."""
-    made, T, few = f["args"], f["args"]["n_frames"], len(f["classes"]) <= 20
-    print(f"{f['path']}: {f['kind']} {made['arch']}, T = {T}, {made['image_size']} x {made['image_size']} pixels, on {f['dataset']}")
-    if any(f.get("strangers", ())):
-        print("no accuracy, the classes do not agree: only in the data {}, only in the checkpoint {}".format(*f["strangers"]))
-    if "accuracy" in f:
-        print("accuracy by class" + few * ", and the confusion matrix: rows true, columns predicted, in the same order")
-        for name, share, row in zip(f["classes"], f["by_class"], f["confusion"]):
-            print(f"  {name:18} {share:6.2f} % of {sum(row):<6}" + "".join(f"{c or '.':>4}" for c in row if few))
-        for n, a, b in f["worst"]:
-            print(f"  {n} x {a} taken for {b}")
-        print(f"accuracy after 1 to {T} time steps: " + ", ".join(f"{s[0]:.2f}" for s in f["steps"]) + " %")
-        print("95 % interval {:.2f} to {:.2f} %".format(*f["interval"]) + (f"; top-5 {f['top5']:.2f} %" if f["top5"] is not None else ""))
-    print(f"{'layer':18} {'rate, %':>9} {'silent, %':>9} {'MACs':>14} {'operations':>14} {'energy, uJ':>11}")
-    for x in f["layers"] + [f | dict(layer="all")]:
-        rate = f"{x['rate']:9.2f} {x['silent']:9.2f}" if "rate" in x else " " * 19
-        print(f"{x['layer']:18} {rate} {x['macs']:14,.0f} {x['operations']:14,.0f} {x['energy']:11.4f}")
-    dense = f["energy_without_spikes"]
-    print(f"the same network without spikes: {dense:.4f} uJ on the same {T} frames, {dense / T:.4f} uJ on a single one\n{ASSUMED}")
-    print("{parameters:,} parameters; on {device} {per_second:,.0f} recordings/s, {batch} at once; {latency:.2f} ms for one".format(**f))
-    frozen = "unchanged" if f["frozen"] else "CHANGED"
-    print(f"alignment {f['alignment']:.3f}, uniformity {f['uniformity']:.3f}; encoder {frozen} by all this")
-    if "knn" in f:
-        print(f"frozen features: kNN {f['knn']:.2f} %, linear probe {f['probe']:.2f} % ({f['recordings']} test recordings)")
-    if "accuracy" in f:
-        print(LAST_LINE.format(f["accuracy"], f["recordings"]))
-
-
-def table(runs):
-    """Print a row for each run, then mean and standard deviation (n - 1) of those that differ only in the seed; returns these groups.
-
-    A group is called by the settings that are not the same in all runs. Of an encoder given by --init those of its pre-training count.
-    """
-    aside, groups, by_recipe = ("seed", "out", "root", "device", "resume", "no_compile", "init"), [], defaultdict(dict)
-    for f in runs:
-        settings = f["args"] | dict(kind=f["kind"], dataset=f["dataset"])
-        idle = () if settings["pretrain_epochs"] else (*PRETRAINING[1:], "pretrained_on")
-        recipe = tuple((k, str(v)) for k, v in settings.items() if k not in (*aside, *idle))
-        by_recipe[recipe][settings["seed"], settings.get("init")] = f  # of one seed and encoder, the last
-    values = defaultdict(set)
-    for k, v in itertools.chain(*by_recipe):
-        values[k].add(v)
-
-    def cell(k, values):
-        return " ± ".join(f"{v:.{2 if UNITS[k] else 3}f}" for v in values) or "-"
-
-    rows = [("", [f"{k}, {unit}".strip(", ") for k, unit in UNITS.items()])]
-    rows += [(f["path"], [cell(k, [f[k]] if k in f else []) for k in UNITS]) for f in runs]
-    for recipe, of_seed in by_recipe.items():
-        same = list(of_seed.values())
-        if len(same) > 1:
-            title = ", ".join([*(f"{k} {v}" for k, v in recipe if len(values[k]) > 1), f"{len(same)} seeds"])
-            columns = {k: [f[k] for f in same] for k in UNITS if all(k in f for f in same)}
-            spread = {k: [statistics.mean(v), statistics.stdev(v)] for k, v in columns.items()}
-            rows.append((title, [cell(k, spread.get(k, [])) for k in UNITS]))
-            groups.append(dict(title=title, paths=[f["path"] for f in same]) | spread)
-    width = max(len(name) for name, _ in rows)
-    for name, cells in rows:
-        print(name.ljust(width), *(cell.rjust(15) for cell in cells))
-    return groups
-
-
-def draw(f, show, folder):
-    """The figures as PNG files in `folder`, in colours that the colour-blind can tell apart; curves from log.csv beside the checkpoint."""
-    from matplotlib.figure import Figure  # here, for it is optional
-    log, made, pages = Path(f["path"]).with_name("log.csv"), f["args"], {}
-
-    def page(name, width, height, *grid, **options):
-        pages[name] = Figure((width, height), layout="constrained")
-        pages[name].suptitle(f["path"], size=8, color="grey", parse_math=False)
-        return pages[name], pages[name].subplots(*grid, squeeze=False, **options)
-    log = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
-    chance = dict(pretrain=(made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), finetune=math.log(len(f["classes"])))
-    phases = [phase for phase in chance if any(x["phase"] == phase for x in log)]
-    for phase, (loss, share) in zip(phases, page("curves", 9, 4.6, 2, len(phases), sharex="col")[1].T if phases else ()):
-        values = torch.tensor([[float(x[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")] for x in log if x["phase"] == phase])
-        epochs, losses, accuracy, knn = (values * torch.tensor([1, 1, 100, 100])).T.numpy()
-        loss.axhline(chance[phase], color="grey", ls="--", label="chance")
-        style = dict(color=BLUE, marker="." if len(epochs) < 3 else None)
-        loss.plot(epochs, losses, **style)
-        loss.set(title=dict(pretrain="pre-training", finetune="fine-tuning")[phase], ylabel="loss",
-                 ylim=(0, 1.08 * max(chance[phase], losses.max())))
-        share.plot(epochs, accuracy, **style, label=dict(pretrain="own key nearer than the queue", finetune="training recordings")[phase])
-        if phase == "pretrain":
-            share.plot(epochs, knn, "o", color=RED, label="kNN, training recordings")
-        share.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
-        share.xaxis.get_major_locator().set_params(integer=True)
-        loss.legend(frameon=False), share.legend(frameon=False)
-    draw_spikes(f, show, page)
-    draw_classes(f, show, page)
-    for name, figure in pages.items():
-        figure.savefig(folder / f"{name}.png")
-
-
-def draw_spikes(f, show, page):
-    """The frames of a recording and two views of it; the spikes of a recording, and what every layer does."""
-    from matplotlib.patches import Patch
-    T, layers = f["args"]["n_frames"], f["layers"]
-    steps = torch.linspace(0, T - 1, min(T, 8)).round().int().tolist()
-    figure, grid = page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps))
-    for t, column in zip(steps, grid.T):
-        column[0].set_title(f"t = {t + 1}")
-        for ax, x, name in zip(column, show["frames"], ("recording", "a view of it", "another view")):
-            off, on = (x[t, 0] / show["frames"][0].max().clamp(min=1)).sqrt()[..., None]  # [H, W, 1], taken away from white
-            ax.imshow((1 - off * torch.tensor([0.16, 0.63, 1.0]) - on * torch.tensor([1.0, 0.55, 0.3])).clamp(0, 1).numpy())
-            ax.set(xticks=[], yticks=[], ylabel=name if t == 0 else "")
-    key = [Patch(color=RED, label="off events"), Patch(color=BLUE, label="on events")]
-    figure.legend(handles=key, ncols=2, loc="outside lower center", frameon=False)
-    if not show["rasters"]:
-        return
-    _, [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(layers), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
-    for i, x in enumerate(layers):
-        t, k = show["rasters"].get(x["layer"], torch.zeros(0, 2)).nonzero().T.numpy()  # none of what is no LIF
-        raster.hlines(i + (k - 7.5) / 19, t + 0.6, t + 1.4, color="black", lw=1.5)
-        raster.axhline(i + 0.5, color="lightgrey", lw=0.8)
-    raster.set(title="16 neurons of each layer", xlabel="time step", yticks=range(len(layers)), yticklabels=[x["layer"] for x in layers],
-               xlim=(0.5, T + 0.5), ylim=(len(layers) - 0.5, -0.5), xticks=range(1, T + 1, 1 + T // 9))
-    for ax, key, label in zip(bars, ("rate", "silent", "energy"), ("firing rate, %", "silent neurons, %", "energy, µJ")):
-        ax.barh(range(len(layers)), [x.get(key, 0) for x in layers], 0.7, color=BLUE)
-        ax.set_xlabel(label)
-
-
-def draw_classes(f, show, page):
-    """Accuracy by time step and the confusion matrix, of a classifier; a map of the features by principal components."""
-    names, T = show["names"], f["args"]["n_frames"]
-    small, side = (9, 4.4) if len(names) <= 20 else (6, 4.4 + 0.11 * len(names))  # points; inches
-    if "accuracy" in f:
-        figure, [[steps, matrix]] = page("accuracy", 4.6 + side, side, 1, 2, width_ratios=[3.6, 1 + side])
-        share, low, high = zip(*f["steps"])
-        steps.fill_between(range(1, T + 1), low, high, color=BLUE, alpha=0.2, lw=0)
-        steps.plot(range(1, T + 1), share, "o-", color=BLUE)
-        steps.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=range(1, T + 1, 1 + T // 9))
-        counts = torch.tensor(f["confusion"])
-        percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-        figure.colorbar(matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100), label="% of the class")
-        for i, j in counts.nonzero().tolist():
-            matrix.text(j, i, counts[i, j].item(), size=small, ha="center", va="center", color="white" if percent[i, j] > 50 else "black")
-        matrix.set(xlabel="taken for", ylabel="class", xticks=range(len(names)), yticks=range(len(names)))
-        matrix.set_xticklabels(f["classes"], rotation=90, size=small, parse_math=False)
-        matrix.set_yticklabels(f["classes"], size=small, parse_math=False)
-    z = show["features"] - show["features"].mean(0)
-    variances, axes = torch.linalg.eigh(z.T @ z)
-    points, percent = z @ axes[:, [-1, -2]], 100 * variances / variances.sum()  # [N, 2]
-    _, [[ax]] = page("map", 1.6 * min(side, 9), 1.2 * min(side, 9))
-    for c in show["labels"].unique().tolist():
-        x, y = points[show["labels"] == c].T.numpy()
-        ax.scatter(x, y, 18, COLOURS[c % 7], marker="o^sDv"[c % 5])
-        ax.text(np.median(x), np.median(y), names[c], parse_math=False, size=small + 1, ha="center", va="center",
-                bbox=dict(color="white", alpha=0.85, pad=1, lw=0))
-    ax.set(xlabel=f"first principal component, {percent[-1]:.0f} % of the variance", ylabel=f"second, {percent[-2]:.0f} %")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
-    parser.add_argument("--dataset", help="data to test on, if not those of the checkpoint")
-    parser.add_argument("--root", help="folder of downloads and frames, if not that of the checkpoint")
-    parser.add_argument("--sensor", type=int, nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
-    parser.add_argument("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
-    parser.add_argument("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = data.fail
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, help="pretrained.pt or finetuned.pt, one or more")
+    add("--dataset", help="data to test on, if not those of the checkpoint")
+    add("--root", help="folder of downloads and frames, if not that of the checkpoint")
+    add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="of a folder; if not given: as far as its events reach")
+    add("--skip-broken", action="store_true", help="go on without the recordings that cannot be read")
+    add("--pictures", metavar="DIR", help="draw the figures of one checkpoint, PNG files, into this folder")
+    add("--json", metavar="FILE", help="write all figures to this file")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     args = data.parse(parser, argv)
     with data.answers("choose another --device", ""):
         data.check_device(args.device)
@@ -476,22 +511,17 @@ def main(argv=None):
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
             args.pictures = None
         ckpts = [load_checkpoint(path) for path in args.ckpt]  # all of them, to complain before the work
-        try:
-            if args.pictures:
-                Path(args.pictures).mkdir(parents=True, exist_ok=True)
-            if args.json:
-                open(args.json, "a").close()
-        except OSError as e:
-            raise data.UserError(f"{e.filename}: cannot be written ({e.strerror}): choose another place")
-        runs, shows = zip(*(figures(*one, args) for one in zip(tqdm(args.ckpt, disable=len(ckpts) == 1 or None), ckpts)))
         if args.pictures:
-            draw(runs[0], shows[0], Path(args.pictures))
+            Path(args.pictures).mkdir(parents=True, exist_ok=True)
+        if args.json:
+            open(args.json, "a").close()
+        work = tqdm([*zip(args.ckpt, ckpts)], disable=None)  # on a terminal alone
+        runs = [examine(path, ckpt, args) for path, ckpt in work]
         if len(runs) == 1:
             tell(runs[0])
         groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups), default=str, skipkeys=True)
-            Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda nan: None)))  # JSON knows no NaN
+            Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
 
 
 if __name__ == "__main__":

@@ -1002,9 +1002,9 @@ def test_eval_rates_and_operations_counted_by_hand():
     torch.nn.init.ones_(net.encoder.layers[0].qkv.bn.bias)  # or four tokens would not make the attention fire
     net = with_statistics(net, x)
     with torch.no_grad():
-        halves = lambda: (net(x[:, :3]), net(x[:, 3:]))  # two batches, one larger
-        (first, second), f, rasters = evaluation.spike_figures(net, halves, B, T)
-        assert torch.equal(torch.cat([first, second], 1), net(x)) and not any(m._forward_hooks for m in net.modules())
+        halves = lambda: torch.cat([net(x[:, :3]), net(x[:, 3:])], 1)  # two batches, one larger
+        out, f, rasters = evaluation.spike_figures(net, halves)
+        assert torch.equal(out, net(x)) and not any(m._forward_hooks for m in net.modules())
         e, layers = net.encoder, {layer["layer"]: layer for layer in f["layers"]}
         s = [x]
         for stage in e.stem:
@@ -1047,7 +1047,7 @@ def test_eval_operations_of_sew_resnet():
         if isinstance(m, torch.nn.Conv2d):
             m.register_forward_hook(functools.partial(note, name.removesuffix(".conv")))
     with torch.no_grad():
-        _, f, _ = evaluation.spike_figures(net, lambda: net(x), 3, 2)
+        _, f, _ = evaluation.spike_figures(net, lambda: net(x))
     assert [layer["layer"] for layer in f["layers"]] == list(inputs) and "blocks.2.shortcut" in inputs and len(inputs) == 20
     assert max(v.max() for k, v in inputs.items() if k != "stem") > 1
     for i, layer in enumerate(f["layers"]):
