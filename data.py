@@ -4,13 +4,14 @@
     --batches-->  x float [T, B, 2, size, size], y int64 [B]  --augment-->  a random view of every recording
 
 Data sets: `toy` (simulated here, no download), the public ones that tonic reads, any folder of recordings; see `load`.
-Guarded by `python -m pytest test_all.py -k data`.
+Tested by `python -m pytest test_all.py -k data`.
 """
 import contextlib
 import ctypes
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -58,7 +60,6 @@ FOLDER = COMMON | STILL | dict(  # small enough for a laptop
 
 # uint8 [N, T, 2, size, size], int64 [N], list of names, (width, height) in pixels
 Split = namedtuple("Split", "frames labels classes sensor", defaults=[None])
-FORMAT = 3  # of cached frames: raise it when a reader, to_frames or the toy simulation comes to give others
 
 
 # -------------------------------------------------------------------------------------------------------- the main path
@@ -97,7 +98,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     n_frames T and size in pixels default to the data set's row, a folder's size to its sensor's (128 at most), its
     sensor (W, H) to as far as its events reach. skip_broken leaves out what its reader or check_events refuses; the
     others stay in the split they are in. Frames are made once, by all cores, and kept under root/frames; they are made
-    anew when a recording is added, removed or changed. Raises UserError.
+    anew when a recording is added, removed or changed, or a reader or to_frames here. Raises UserError. A script that
+    calls this, other than train.py and eval.py, needs `if __name__ == "__main__":`, for workers may import it.
     """
     row, root = recipe(name), Path(root).expanduser()
     n_frames, size = n_frames or row["n_frames"], size or row["image_size"]
@@ -105,16 +107,19 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     if name == "toy":
         recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
-        recordings, classes, read, known = tonic_recordings(name, root)
+        with lock(root, wait=True):  # two runs do not download into the same files
+            recordings, classes, read, known = tonic_recordings(name, root)
     else:
         recordings, classes, read, known = folder_recordings(Path(name).expanduser())
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
 
+    sources = [inspect.getsource(f) for f in (to_frames, toy_shapes, toy_events, read, *READERS.values())]
+
     def path_of(suffix, *settings):
-        """Where what these recordings give at these settings is kept."""
-        made_from = repr((FORMAT, recordings, stamps, skip_broken, settings))
+        """Where what these recordings and readers give at these settings is kept."""
+        made_from = repr((sources, recordings, stamps, skip_broken, settings))
         mark = hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]  # names may be no UTF-8
         return root / "frames" / f"{Path(name).name}-{mark}{suffix}"
 
@@ -199,7 +204,6 @@ def augment(x, operations=3, strength=2, flip=True, min_scale=0.5):
 
 # A shape, one of 10, turns and circles before an event camera, as in the saccades by which N-MNIST was recorded.
 # Many unlabelled recordings in random poses and few labels are the setting in which pre-training earns its keep.
-# Raise FORMAT when you change the simulation, for its frames are cached.
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 
@@ -349,7 +353,11 @@ def read_aedat4(path):
     return events
 
 
-READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": np.load}
+def read_npy(path):
+    return np.load(path)  # refuses pickled objects
+
+
+READERS = {".bin": read_bin, ".aedat4": read_aedat4, ".npy": read_npy}  # a function for each ending
 
 
 # ----------------------------------------------------------------------------------------- recordings: public data sets
@@ -386,8 +394,8 @@ def tonic_recordings(name, root):
     tonic_class = getattr(tonic.datasets, class_name)
     for attribute, address in addresses.items():
         setattr(tonic_class, attribute, address)
-    tonic.download_utils._ARCHIVE_EXTRACTORS[".tar"] = extract_tar
-    official = hasattr(tonic_class, "train_url")
+    tonic.download_utils._ARCHIVE_EXTRACTORS |= {".zip": extract, ".tar": extract}
+    official = "train" in inspect.signature(tonic_class).parameters
     parts = dict(train=dict(train=True), test=dict(train=False)) if official else {"": {}}
     recordings = []
     for split, options in parts.items():
@@ -415,13 +423,18 @@ def tonic_recordings(name, root):
     return recordings, classes, read, sensor
 
 
-def extract_tar(path, folder, _):
-    """tonic's lets entries and links leave the folder; Python 3.11.2 has no filter to ask for. (zipfile needs none.)"""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            for name in (member.name, member.linkname):
-                if name.startswith("/") or ".." in Path(name).parts:
-                    raise ValueError(f"its entry {name} points outside the folder")
+def extract(path, folder, _):
+    """In place of tonic's two, which let entries and links leave the folder; Python 3.11.2 has no filter to ask for."""
+    if str(path).endswith(".zip"):
+        archive = zipfile.ZipFile(path)
+        names = archive.namelist()
+    else:
+        archive = tarfile.open(path)
+        names = [name for member in archive for name in (member.name, member.linkname)]
+    with archive:
+        for name in names:
+            if name.startswith("/") or ".." in Path(name).parts:
+                raise ValueError(f"its entry {name} points outside the folder")
         archive.extractall(folder)
 
 
@@ -612,7 +625,7 @@ def answers(out_of_memory, stopped):
     except (UserError, OSError) as e:
         fail(e)
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        if "out of memory" in str(e) or "can't allocate memory" in str(e):
             fail(f"out of memory: {out_of_memory}")
         if "closed by peer" in str(e):
             fail("another process has ended: its message says why")

@@ -8,7 +8,7 @@ A prediction after t steps is the mean of the logits over steps 1 to t. Features
 time; kNN and probe learn from all training labels. Synaptic operations of a layer = its multiply-accumulates x the mean
 of its input, that is the firing rate, where the sum of two spikes counts twice; in q (k^T v) a spike of k adds a row of
 v, and a spike of q a row of k^T v. In this order: figures, text, pictures, checkpoints, which may be a stranger's.
-Guarded by `python -m pytest test_all.py -k eval`.
+Tested by `python -m pytest test_all.py -k eval`.
 """
 import argparse
 import csv
@@ -35,6 +35,7 @@ from tqdm import tqdm
 import data
 import models
 import neuron
+from loss import chance
 
 # The columns of several checkpoints, and the settings that matter to pre-training alone.
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")
@@ -44,14 +45,15 @@ MAC, AC = 4.6e-6, 0.9e-6  # uJ of a multiply-accumulate (not the loss term of th
 ASSUMED = """\
   assumed: 45 nm, 4.6 pJ a MAC, 0.9 pJ a synaptic operation (MACs x mean input); MACs in the first layer and where the
   input is no sum of spikes, as of the head; batch norm is folded into the weights; membranes and memory cost nothing;
-  without spikes no zero is skipped"""
+  without spikes no zero is skipped; convolutions, linear layers and models.Attention count, other products do not"""
+COUNTED = neuron.LIF, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear, models.Attention
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito, without yellow
 
 
 def autocast(device):
     """bf16 on GPUs, where float16 would overflow in spiking nets; float32 where bf16 is slower: CPUs, older GPUs."""
     kind = torch.device(device).type
-    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
     return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
@@ -116,10 +118,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def probe_accuracy(bank, bank_labels, queries, labels, weight_decay=1e-3):
-    """Share of queries [M, D] that a linear classifier fitted to the bank [N, D] gets right; labels int64 [N], [M].
+    """Share of queries [M, D] that a linear classifier fitted to the bank [N, D] gets right; labels [N], [M].
 
     Features standardised by the bank's mean and deviation, L2 penalty, at most 200 iterations of L-BFGS.
     """
+    bank_labels, labels = torch.as_tensor(bank_labels), torch.as_tensor(labels)
     mean, std = bank.mean(0), bank.std(0, unbiased=False) + 1e-6
     bank, queries = (bank - mean) / std, (queries - mean) / std
     head = torch.nn.Linear(bank.shape[1], int(bank_labels.max()) + 1)
@@ -140,9 +143,10 @@ def alignment_uniformity(a, b, z):
 
     alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over pairs, best about -4.
     """
-    a, b, z = (F.normalize(f, dim=1) for f in (a, b, z))
-    return dict(alignment=(a - b).square().sum(1).mean().item(),
-                uniformity=F.pdist(z).square_().mul_(-2).exp_().mean().log().item())  # in place: N^2 / 2 floats
+    a, b, z = (F.normalize(f.double(), dim=1) for f in (a, b, z))
+    total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))  # with each itself, 1
+    pairs = len(z) * (len(z) - 1)
+    return dict(alignment=(a - b).square().sum(1).mean().item(), uniformity=((total - len(z)) / pairs).log().item())
 
 
 def spike_figures(net, run):
@@ -150,7 +154,7 @@ def spike_figures(net, run):
 
     Returns run()'s result; a dict with MACs, operations and energy (uJ) of a recording, firing rate and silent neurons
     (no spike in any recording) in percent, in all and for each of its "layers"; and {layer: spikes [T, 16] of the first
-    recording, of neurons evenly spread}.
+    recording, of neurons drawn by lot}.
     """
     sums, spikes, rasters, calls = defaultdict(Counter), {}, {}, Counter()  # each by the name of a layer
 
@@ -162,7 +166,7 @@ def spike_figures(net, run):
         total = sums[name]  # made here, so that layers come in order
         if spiking:
             spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)  # of every neuron
-            some = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
+            some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16]
             rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, some])
             return
         if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
@@ -176,7 +180,7 @@ def spike_figures(net, run):
 
     hooks = [net.register_forward_pre_hook(lambda *_: calls.clear())]
     for name, module in net.named_modules():
-        if isinstance(module, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear, models.Attention)):
+        if isinstance(module, COUNTED):
             name = re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
             hooks.append(getattr(module, "qkv", module).register_forward_hook(functools.partial(see, name)))
     result = run()
@@ -322,27 +326,43 @@ def draw(f, test, view, features, rasters, folder):
     from matplotlib.figure import Figure
     colours = matplotlib.cycler(color=COLOURS)
     matplotlib.rcParams.update({"axes.prop_cycle": colours, "text.parse_math": False, "legend.frameon": False})
-    made, T, layers, pages = f["args"], f["args"]["n_frames"], f["layers"], {}
+    pages = {}
 
-    def page(name, width, height, rows=1, columns=1, **options):  # in inches -> axes [rows, columns]
+    def page(name, width, height, rows=1, columns=1, **options):
+        """A picture of width x height inches, called `name` -> its axes [rows, columns]."""
         pages[name] = Figure((width, height), layout="constrained")
         pages[name].suptitle(f["path"], size=8, color="grey")
         return pages[name].subplots(rows, columns, squeeze=False, **options)
 
-    # Loss and accuracy by epoch, from the log.csv beside the checkpoint, if there is one.
+    draw_curves(f, page)
+    torch.manual_seed(0)
+    recording = torch.as_tensor(test.frames[len(features) // 2]).float()[:, None]  # [T, 1, 2, H, W]
+    draw_frames({"recording": recording, "a view of it": view(recording), "another view": view(recording)}, page)
+    if rasters:  # a network without spikes has none
+        draw_spikes(f, rasters, page)
+    if "accuracy" in f:
+        draw_accuracy(f, page)
+    draw_map(features, test, page)
+    for name, figure in pages.items():
+        figure.savefig(folder / f"{name}.png")
+
+
+def draw_curves(f, page):
+    """Loss and accuracy by epoch, from the log.csv beside the checkpoint, if there is one."""
     log, file = defaultdict(list), Path(f["path"]).with_name("log.csv")
     for row in csv.DictReader(file.read_text().splitlines() if file.exists() else []):
         log[row["phase"]].append([float(row[k] or "nan") for k in ("epoch", "loss", "accuracy", "knn")])
-    about = dict(  # phase: loss at the level of chance, what its accuracy is
-        pretrain=((made["alpha"] + made["beta"]) * math.log(made["queue_size"] + 1), "own key nearer than the queue"),
-        finetune=(math.log(len(f["classes"])), "training recordings"))
+    level = chance(*(f["args"][k] for k in ("queue_size", "alpha", "beta")))
+    about = dict(  # phase: its title, loss at the level of chance, what its accuracy is
+        pretrain=("pre-training", level, "own key nearer than the queue"),
+        finetune=("fine-tuning", math.log(len(f["classes"])), "training recordings"))
     axes = page("curves", 9, 4.6, 2, len(log), sharex="col").T if log else ()
     for (phase, rows), (loss, share) in zip(log.items(), axes):
         epochs, losses, accuracy, knn = np.array(rows).T
-        chance, label = about[phase]
-        loss.axhline(chance, color="grey", ls="--", label="chance")
+        title, level, label = about[phase]
+        loss.axhline(level, color="grey", ls="--", label="chance")
         loss.plot(epochs, losses, ".-", ms=4)
-        loss.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance, losses.max())))
+        loss.set(title=title, ylabel="loss", ylim=(0, 1.08 * max(level, losses.max())))
         share.plot(epochs, 100 * accuracy, ".-", ms=4, label=label)
         if phase == "pretrain":
             share.plot(epochs, 100 * knn, "o", label="kNN, training recordings")
@@ -350,52 +370,57 @@ def draw(f, test, view, features, rasters, folder):
         share.xaxis.get_major_locator().set_params(integer=True)
         loss.legend(), share.legend()
 
-    # Frames of a recording, at most eight, and of two views of it.
-    recording = torch.as_tensor(test.frames[len(features) // 2]).float()[:, None]  # [T, 1, 2, H, W]
-    torch.manual_seed(0)
-    rows = {"recording": recording, "a view of it": view(recording), "another view": view(recording)}
+
+def draw_frames(rows, page):
+    """At most eight frames of each of {name: recording [T, 1, 2, H, W]}."""
+    T, brightest = len(rows["recording"]), rows["recording"].max().clamp(min=1)
     steps = range(0, T, math.ceil(T / 8))
     for line, name in zip(page("frames", 1.6 * len(steps) + 0.5, 5.2, 3, len(steps)), rows):
         for ax, t in zip(line, steps):
-            off, on = (rows[name][t, 0] / recording.max().clamp(min=1)).sqrt()  # [H, W]
-            ax.imshow(1 - torch.stack([on, (on + off) / 2, off], -1).numpy())  # orange, blue, black for both
+            off, on = (rows[name][t, 0] / brightest).sqrt()  # [H, W]
+            ax.imshow(1 - torch.stack([on, (on + off) / 2, off], -1).numpy())  # both: black
             ax.set(xticks=[], yticks=[], title=f"t = {t + 1}" if name == "recording" else "")
         line[0].set_ylabel(name)
-    pages["frames"].supxlabel("events: off orange, on blue", size=10)
+    line[0].figure.supxlabel("events: off orange, on blue", size=10)
 
-    # Sixteen neurons of each layer over time; what every layer does.
-    if rasters:  # a network without spikes has none
-        y, names = range(len(layers)), [layer["layer"] for layer in layers]
-        spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)  # [T, 16 for each layer]
-        t, k = spikes.nonzero().T.numpy()
-        [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
-        raster.hlines((k + 0.5) / 16 - 0.5, t + 0.6, t + 1.4, color="black", lw=1.5)
-        raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="lightgrey", lw=0.8)
-        raster.set(title="16 neurons of each layer", xlabel="time step", xticks=range(1, T + 1, 1 + T // 9),
-                   xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=names)
-        labelled = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
-        for ax, (key, label) in zip(bars, labelled.items()):
-            ax.barh(y, [layer.get(key, 0) for layer in layers], 0.7)
-            ax.set_xlabel(label)
 
-    # Accuracy by time step, and the confusion matrix.
-    if "accuracy" in f:
-        counts, t, side = np.array(f["confusion"]), range(1, T + 1), 3.4 + 0.12 * len(test.classes)
-        percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-        [[curve, matrix]] = page("accuracy", 4 + side, side, 1, 2, width_ratios=[3.6, side])
-        share, low, high = zip(*f["steps"])
-        curve.fill_between(t, low, high, alpha=0.2, lw=0)
-        curve.plot(t, share, "o-")
-        curve.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=t[:: 1 + T // 9])
-        matrix.imshow(percent, "Blues", vmin=0, vmax=100)
-        for i, j in np.argwhere(counts):
-            white = percent[i, j] > 50
-            matrix.text(j, i, counts[i, j], size=8, ha="center", va="center", color="white" if white else "black")
-        matrix.set(title="recordings; colour: share of the class", xlabel="taken for", ylabel="class")
-        matrix.set_xticks(range(len(counts)), f["classes"], rotation=90, size=8)
-        matrix.set_yticks(range(len(counts)), f["classes"], size=8)
+def draw_spikes(f, rasters, page):
+    """Sixteen neurons of each layer over time, rasters {layer: spikes [T, 16]}; what every layer does."""
+    T, layers = f["args"]["n_frames"], f["layers"]
+    y, names = range(len(layers)), [layer["layer"] for layer in layers]
+    spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)  # [T, 16 for each layer]
+    t, k = spikes.nonzero().T.numpy()
+    [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
+    raster.hlines((k + 0.5) / 16 - 0.5, t + 0.6, t + 1.4, color="black", lw=1.5)
+    raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="lightgrey", lw=0.8)
+    raster.set(title="16 neurons of each layer", xlabel="time step", xticks=range(1, T + 1, 1 + T // 9),
+               xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=names)
+    labelled = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
+    for ax, (key, label) in zip(bars, labelled.items()):
+        ax.barh(y, [layer.get(key, 0) for layer in layers], 0.7)
+        ax.set_xlabel(label)
 
-    # A map of the features: their first two principal components.
+
+def draw_accuracy(f, page):
+    """Accuracy by time step, and the confusion matrix."""
+    counts, t, side = np.array(f["confusion"]), range(1, len(f["steps"]) + 1), 3.4 + 0.12 * len(f["classes"])
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    [[curve, matrix]] = page("accuracy", 4 + side, side, 1, 2, width_ratios=[3.6, side])
+    share, low, high = zip(*f["steps"])
+    curve.fill_between(t, low, high, alpha=0.2, lw=0)
+    curve.plot(t, share, "o-")
+    curve.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %", xticks=t[:: 1 + len(t) // 9])
+    matrix.imshow(percent, "Blues", vmin=0, vmax=100)
+    for i, j in np.argwhere(counts):
+        white = percent[i, j] > 50
+        matrix.text(j, i, counts[i, j], size=8, ha="center", va="center", color="white" if white else "black")
+    matrix.set(title="recordings; colour: share of the class", xlabel="taken for", ylabel="class")
+    matrix.set_xticks(range(len(counts)), f["classes"], rotation=90, size=8)
+    matrix.set_yticks(range(len(counts)), f["classes"], size=8)
+
+
+def draw_map(features, test, page):
+    """A map of the features [N, D]: their first two principal components, coloured by class."""
     z = features - features.mean(0)
     _, s, directions = torch.linalg.svd(z, full_matrices=False)
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
@@ -407,9 +432,6 @@ def draw(f, test, view, features, rasters, folder):
         ax.text(np.median(x), np.median(y), test.classes[c], size=8, bbox=dict(color="white", alpha=0.8, pad=1))
     x, y = (f"principal component {i + 1}, {percent[i]:.0f} % of the variance" for i in (0, 1))
     ax.set(xlabel=x, ylabel=y)
-
-    for name, figure in pages.items():
-        figure.savefig(folder / f"{name}.png")
 
 
 # Down to restore: checkpoints, which may be a stranger's. On a first reading, go on at main.
@@ -431,7 +453,8 @@ def read_checkpoint(path):
         for op, arg, _ in pickletools.genops(z.read(pickled)):
             if "GLOBAL" in op.name and not re.fullmatch(harmless, str(arg)):
                 raise ValueError(f"asks for {arg!r}")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    mapped = sys.platform != "win32"  # which would let no run replace the file then
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     parts = [content]
     for _ in range(10**6):  # a list that holds itself, or two of the next that holds two of the next, has no end
         if not parts and type(content) is dict:
@@ -465,7 +488,7 @@ def load_checkpoint(path):
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
                  and [type(n) for n in sensor] == [int, int])
         if not sound:
-            raise ValueError("its settings cannot be")
+            raise ValueError("its settings cannot be; those of views are numbers of 0 or more")
         with torch.device("meta"):  # shapes only
             expected = network(ckpt).state_dict()
         if {k: (v.shape, v.dtype) for k, v in weights.items()} != {k: (v.shape, v.dtype) for k, v in expected.items()}:
@@ -521,7 +544,8 @@ def main(argv=None):
             tell(runs[0])
         groups = table(runs) if len(runs) > 1 else []
         if args.json:
-            Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs, groups=groups)))
+            text = json.dumps(dict(units=UNITS, runs=runs, groups=groups))
+            Path(args.json).write_text(json.dumps(json.loads(text, parse_constant=lambda _: None)))  # JSON knows no NaN
 
 
 if __name__ == "__main__":

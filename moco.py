@@ -44,7 +44,7 @@ class MoCo(nn.Module):
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
     def forward(self, view_q, view_k):
-        """Two views, float [T, B, 2, H, W], of the same recordings -> loss. First updates the key encoder, last the queue.
+        """Two views, float [T, B, 2, H, W], of the same recordings -> loss. Updates key encoder first, queue last.
 
         Call it once a batch: a second call would meet the keys of the first as negatives.
         """
@@ -56,7 +56,7 @@ class MoCo(nn.Module):
                 self.new_queue(len(k))
         loss = mix_info_nce(q, k, self.queue, self.temperature, self.alpha, self.beta)
         with torch.no_grad():
-            logits = contrast(q.mean(0), k.mean(0), self.queue.mean(1), self.temperature)  # [B, 1 + K]
+            logits = contrast(q.float().mean(0), k.float().mean(0), self.queue.mean(1), self.temperature)  # [B, 1 + K]
             lead = logits[:, 0] - logits[:, 1:].amax(-1)  # [B]
             # A lead within rounding error is no hit: where all embeddings are alike, there are none.
             self.accuracy = (lead > 1e-5 / self.temperature).float().mean()
@@ -83,7 +83,8 @@ class MoCo(nn.Module):
             k = gather(k)
         k = k[-len(self.queue) :]  # [min(B, K), T, dim]
         slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
-        self.queue.index_copy_(0, slots, k)
+        # Not in place: under autocast, compiled, the loss's backward still needs the queue as it was.
+        self.queue = self.queue.index_copy(0, slots, k)
         self.position.copy_((self.position + len(k)) % len(self.queue))
 
 

@@ -97,7 +97,7 @@ class LeanConvLIF(torch.autograd.Function):
         # With mean and variance held fixed: weight * rstd * dL/dy, gweight = sum(z dL/dy), gbias = sum(dL/dy).
         rstd, n = (var + ctx.block.bn.eps).rsqrt(), c.numel() / len(weight)
         g, gweight, gbias = aten.native_batch_norm_backward(
-            g, picked, weight, mean, var, None, None, False, ctx.block.bn.eps, [True] * 3)  # False: both fixed
+            g, picked, weight, mean, var, mean, rstd, False, ctx.block.bn.eps, [True] * 3)  # False: both fixed
         if index is not None:
             pool = ctx.block.pool
             g = aten.max_pool2d_with_indices_backward(  # [T*B, C, H, W]

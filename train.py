@@ -11,6 +11,7 @@ Tested by `python -m pytest test_all.py -k train`.
 """
 import argparse
 import ctypes
+import importlib.util
 import io
 import itertools
 import math
@@ -121,6 +122,7 @@ def join(args):
     cuda = torch.device(args.device).type == "cuda"
     if cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        data.check_device(args.device)
         torch.cuda.set_device(args.device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait for downloads
@@ -256,7 +258,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     sizes = batch_sizes(split, args)
     steps = len(sizes)
     if epochs * steps < 50:
-        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's running statistics: kNN and test may fail")
+        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's running statistics: tests may fail")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
@@ -266,7 +268,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
             if any(v.ndim and v.shape != p.shape for p, kept in optimizer.state.items() for v in kept.values()):
                 raise ValueError
         except Exception:
-            raise data.UserError(f"--resume: {run.out / 'state.pt'} is of another network or optimiser: choose another --out")
+            raise data.UserError(f"--resume: {run.out / 'state.pt'} is of another network or optimiser: change --out")
     hidden = True if rank else None  # None: shown on a terminal only
     with tqdm(total=epochs * steps, initial=start * steps, desc=phase, mininterval=0.5, disable=hidden,
               bar_format="{desc} {percentage:.0f} %, {elapsed}, {remaining} left") as bar:
@@ -331,8 +333,11 @@ def engine(model, args):
         warnings.filterwarnings("ignore", "`broadcast_buffers`")  # what it proposes instead still syncs buffers
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, all formats alike
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    if cuda and not args.no_compile:
+    able = cuda and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(args.device)[0] >= 7
+    if able and not args.no_compile:
         torch._dynamo.config.suppress_errors = True  # if compiling fails, it warns and runs uncompiled
+        warnings.filterwarnings("ignore", "TensorFloat32")  # the loss is meant to be in float32
+        print("the first steps compile the whole network: minutes, more for more time steps (--no-compile: never)")
         return torch.compile(model, dynamic=False)  # batches have at most two sizes: one fast graph for each
     return model
 
