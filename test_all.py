@@ -1104,6 +1104,13 @@ def evaluate(capsys, *argv):
     return out.splitlines(), err.splitlines()
 
 
+
+def test_eval_counts_convolutions_of_any_dimension():
+    net = torch.nn.Conv1d(3, 4, 5, bias=False)  # takes [T, channels, 8], one recording
+    f = evaluation.spike_figures(net, lambda: net(torch.ones(2, 3, 8))[:, None])[1]
+    assert f["macs"] == 2 * 4 * 4 * 3 * 5  # 2 steps, 4 channels of 4 places, 3 times 5 products each
+
+
 def test_eval_json_holds_what_the_text_says(tiny_runs, tmp_path, capsys):
     lines, _ = evaluate(capsys, tiny_runs / "s0" / "finetuned.pt", "--json", tmp_path / "f.json")
     written = json.loads((tmp_path / "f.json").read_text())
@@ -1381,9 +1388,27 @@ def test_train_variants(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "sew", "--arch", "sew-resnet-18-4", "--batch-size", "7")
     capsys.readouterr()
     run_tiny(shapes, tmp_path / "unlabelled", "--epochs", "0")
-    assert capsys.readouterr().out.splitlines()[-1].endswith(str(tmp_path / "unlabelled" / "pretrained.pt"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(str(tmp_path / "unlabelled" / "pretrained.pt"))
+    assert len([line for line in lines if line.startswith("warning: pretrain:") and "steps are few" in line]) == 1
     a, b = weights(tmp_path / "a" / "pretrained.pt"), weights(tmp_path / "unlabelled" / "pretrained.pt")
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "unlabelled" / "finetuned.pt").exists()
+
+
+def test_data_a_changed_reader_makes_frames_anew(shapes, tmp_path, monkeypatch):
+    before = np.array(data.load(shapes, tmp_path, 2, 16)[0].frames)
+
+    def flipped(path):
+        events = np.load(path)
+        events["p"] = events["p"] == 0
+        return events
+    monkeypatch.setitem(data.READERS, ".npy", flipped)
+    assert np.array_equal(data.load(shapes, tmp_path, 2, 16)[0].frames, before[:, :, ::-1])
+
+
+def test_train_log_takes_a_new_column(tmp_path):
+    train.Run.write_log(types.SimpleNamespace(out=tmp_path, log=[dict(epoch=1), dict(epoch=2, mine=3)]))
+    assert (tmp_path / "log.csv").read_text() == "epoch,mine\n1,\n2,3\n"
 
 
 def test_train_labels_per_class(shapes, tmp_path, capsys):
