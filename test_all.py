@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -1477,14 +1478,22 @@ def test_train_help_shows_the_row_of_the_data_set():
     assert "(default: 128)" in helps[0] and "(default: 0)" in helps[1] and "(default: 34)" in helps[1] and "(default: None)" not in helps[0].split("--out")[0].split("--queue-size")[1].split("--init")[0]
 
 
-def test_train_command_line_on_the_toy_data(tmp_path):
-    run = command("train.py", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "run"), "--pretrain-epochs", "1", "--epochs", "1",
+def test_train_command_line_on_the_toy_data_and_scripts_of_the_readme(tmp_path, monkeypatch, capsys):
+    run = command("train.py", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "runs" / "toy"), "--pretrain-epochs", "1", "--epochs", "1",
                   "--arch", "spikformer-1-16", "--n-frames", "2", "--image-size", "12", "--no-compile")
     assert run.returncode == 0, run.stderr
     last = run.stdout.splitlines()[-1]
     assert last.startswith("test accuracy ") and last.endswith("500 recordings)")
-    again = command("eval.py", "--ckpt", str(tmp_path / "run" / "finetuned.pt"))
+    again = command("eval.py", "--ckpt", str(tmp_path / "runs" / "toy" / "finetuned.pt"))
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == last
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TOY_TRAIN", 200), monkeypatch.setattr(data, "TOY_TEST", 50)
+    scripts = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:
+        exec(script, {})
+    knn, answer = capsys.readouterr().out.splitlines()
+    assert float(knn) > 0.2 and answer.split(" torch.Size")[0] in data.toy_shapes() and answer.endswith("torch.Size([1, 16])")
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
