@@ -188,7 +188,8 @@ def test_loss_gradient():
 def test_loss_is_float32_under_autocast():
     q, k, queue = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(6, 3, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert loss.mix_info_nce(q, k, queue, 0.05, 0.5, 0.5).item() == pytest.approx(slow_mix(q, k, queue, 0.05, 0.5, 0.5), rel=1e-5)
+        value = loss.mix_info_nce(q, k, queue, 0.05, 0.5, 0.5).item()
+        assert value == pytest.approx(slow_mix(q, k, queue, 0.05, 0.5, 0.5), rel=1e-5)
 
 
 def test_loss_identities():
@@ -200,11 +201,13 @@ def test_loss_identities():
     assert mbc(*one) == pytest.approx(mac(*one)) == pytest.approx(slow_info_nce(q[0], k[0], queue[:, 0], 0.2), rel=1e-5)
     order = torch.tensor([2, 0, 3, 1])
     shuffled = q[order], k[order], queue[:, order]
-    assert mbc(*shuffled) == pytest.approx(mbc(q, k, queue), rel=1e-5) and mac(*shuffled) == pytest.approx(mac(q, k, queue), rel=1e-5)
+    assert mbc(*shuffled) == pytest.approx(mbc(q, k, queue), rel=1e-5)
+    assert mac(*shuffled) == pytest.approx(mac(q, k, queue), rel=1e-5)
     alone = q[order], k, queue
     assert mbc(*alone) == pytest.approx(mbc(q, k, queue), rel=1e-5) and abs(mac(*alone) - mac(q, k, queue)) > 1e-3
     scaled = 3 * q, 0.1 * k, 7 * queue
-    assert mbc(*scaled) == pytest.approx(mbc(q, k, queue), rel=1e-4) and mac(*scaled) == pytest.approx(mac(q, k, queue), rel=1e-4)
+    assert mbc(*scaled) == pytest.approx(mbc(q, k, queue), rel=1e-4)
+    assert mac(*scaled) == pytest.approx(mac(q, k, queue), rel=1e-4)
     same = torch.ones(T, B, D), torch.ones(T, B, D), torch.ones(K, T, D)
     assert mbc(*same) == pytest.approx(math.log(K + 1)) == pytest.approx(mac(*same))  # nothing to tell apart: chance
     assert loss.mix_info_nce(*same, 0.2, 0.5, 2.0).item() == pytest.approx(loss.chance(K, 0.5, 2.0))
@@ -235,8 +238,8 @@ def test_moco_queue_is_first_in_first_out(size, batch_sizes):
         k = net.key(y).transpose(0, 1)  # unchanged since the forward pass
         keys += list(k)
         if before is not None:  # the loss saw the queue as it was, without the batch's own keys
-            q = net.query(x)
-            assert value.item() == pytest.approx(slow_mix(q.detach(), k.transpose(0, 1), before, 0.1, 0.5, 0.5), rel=1e-4)
+            q = net.query(x).detach()
+            assert value.item() == pytest.approx(slow_mix(q, k.transpose(0, 1), before, 0.1, 0.5, 0.5), rel=1e-4)
     newest = keys[-size:]
     position = int(net.position)
     slots = [(position - 1 - i) % size for i in range(len(newest))]  # newest first
@@ -264,8 +267,8 @@ def test_moco_key_statistics_follow_the_keys_own_batches():
     x, y = torch.rand(2, 3, 2, 16, 16), 5 * torch.rand(2, 3, 2, 16, 16)
     net(x, y)
     for encoder, view in ((net.query[0], x), (net.key[0], y)):
-        bn, conv = encoder.stem[0].bn, encoder.stem[0].conv
-        torch.testing.assert_close(bn.running_mean, 0.1 * conv(view.flatten(0, 1)).mean((0, 2, 3)), rtol=1e-3, atol=1e-6)
+        mean = encoder.stem[0].conv(view.flatten(0, 1)).mean((0, 2, 3))
+        torch.testing.assert_close(encoder.stem[0].bn.running_mean, 0.1 * mean, rtol=1e-3, atol=1e-6)
 
 
 def test_moco_accuracy_counts_queries_that_find_their_key():
@@ -276,13 +279,13 @@ def test_moco_accuracy_counts_queries_that_find_their_key():
     net(x, y)
     q, k = (F.normalize(f(v).mean(0).detach(), dim=-1) for f, v in ((net.query, x), (net.key, y)))
     assert net.accuracy.item() == pytest.approx(sum(float(a @ b) > float((queue @ a).max()) for a, b in zip(q, k)) / 8)
-    net(x[:, :6], y[:, :6]), net(x[:, :6], y[:, :6])  # their own keys are among the negatives: ties, whatever rounding makes of them
+    net(x[:, :6], y[:, :6]), net(x[:, :6], y[:, :6])  # own keys are among the negatives: ties, however they are rounded
     assert net.accuracy == 0
 
 
 @pytest.mark.parametrize("arch, size", [("spikformer-1-16", 16), ("sew-resnet-18-4", 64)])
 def test_moco_compiles_as_a_whole_to_the_same_numbers(arch, size):
-    """As on a GPU: one graph from views to loss and queue for each size of batch. Here without the compiler's last stage."""
+    """As on a GPU: one graph from views to loss and queue per size of batch, but without the compiler's last stage."""
     plain = moco.MoCo(models.build(arch, size), 16, queue_size=8, momentum=0.9)
     plain.new_queue(2)
     compiled = copy.deepcopy(plain)
@@ -291,8 +294,10 @@ def test_moco_compiles_as_a_whole_to_the_same_numbers(arch, size):
         views = torch.poisson(torch.rand(2, 2, B, 2, size, size))
         losses = [net(*views) for net in (plain, forward)]
         torch.autograd.backward(losses)
-        assert torch.allclose(*losses) and torch.allclose(plain.queue, compiled.queue) and plain.accuracy == compiled.accuracy
-        assert all(torch.allclose(p.grad, q.grad, atol=1e-5) for p, q in zip(plain.query.parameters(), compiled.query.parameters()))
+        assert torch.allclose(*losses) and torch.allclose(plain.queue, compiled.queue)
+        assert plain.accuracy == compiled.accuracy
+        for p, q in zip(plain.query.parameters(), compiled.query.parameters()):
+            assert torch.allclose(p.grad, q.grad, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -327,17 +332,18 @@ def test_moco_compiled_in_bf16_has_the_gradient_of_the_queue_as_it_was():
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises where an operation on the device that holds no values (meta) is given a tensor that was left on the CPU."""
+    """Raises where an operation on the device that holds no values (meta) is given a tensor left on the CPU."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim}  # a GPU takes scalars
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.ndim}  # a GPU takes scalars
         assert devices != {"cpu", "meta"}, operation
         return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("arch, size", [("spikformer-2-256", 128), ("sew-resnet-18", 128), ("spikformer-1-64", 16)])
 def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
-    """On a device that holds no values, asking for one, by .item() or an if, raises: so does the end of an epoch, and nothing before."""
+    """On a device without values, asking for one, by .item() or an if, raises: an epoch's end does, nothing before."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)  # the path of a GPU
     args = types.SimpleNamespace(device="meta", batch_size=3, n_frames=4, seed=0, weight_decay=0.06)
@@ -363,7 +369,8 @@ def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monke
 
 
 def test_train_decays_weights_alone():
-    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4)).requires_grad_()
+    layers = torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4)
+    model = torch.nn.Sequential(*layers).requires_grad_()
     model[2].weight.requires_grad_(False)
     optimizer, schedule = train.optimizer_of(model, 0.5, 0.06, steps=40)
     assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [(0.06, 1), (0.0, 4)]
@@ -385,9 +392,10 @@ def test_moco_refuses_impossible_settings(wrong):
 # ------------------------------------------------------------------------------------------------------------- models
 
 def spikingjelly():
-    """SpikingJelly, whose models import torchvision and torchaudio for downloads alone: empty stand-ins where they are missing."""
+    """SpikingJelly; its models import torchvision and torchaudio for downloads alone: stand-ins for what is missing."""
     pytest.importorskip("spikingjelly")
-    for name in ("torchvision", "torchvision.models", "torchvision.models.utils", "torchvision.datasets", "torchvision.transforms"):
+    for part in ("", ".models", ".models.utils", ".datasets", ".transforms"):
+        name = f"torchvision{part}"
         try:
             __import__(name)
         except Exception:
@@ -396,7 +404,8 @@ def spikingjelly():
             sys.modules[name] = module
     from spikingjelly.activation_based import functional, layer, neuron as sj_neuron, surrogate
     from spikingjelly.activation_based.model import sew_resnet, spikformer
-    return types.SimpleNamespace(functional=functional, layer=layer, neuron=sj_neuron, surrogate=surrogate, sew=sew_resnet, spik=spikformer)
+    return types.SimpleNamespace(functional=functional, layer=layer, neuron=sj_neuron, surrogate=surrogate,
+                                 sew=sew_resnet, spik=spikformer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -406,7 +415,8 @@ def test_lif_equals_spikingjelly(dtype):
         x = 2 * torch.randn(8, 3, 40, dtype=dtype)
         g = torch.randn_like(x)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        theirs = sj.neuron.LIFNode(tau=2.0, v_threshold=threshold, detach_reset=True, surrogate_function=sj.surrogate.ATan(), step_mode="m")
+        theirs = sj.neuron.LIFNode(tau=2.0, v_threshold=threshold, detach_reset=True, step_mode="m",
+                                   surrogate_function=sj.surrogate.ATan())
         s, r = neuron.LIF(v_threshold=threshold)(a), theirs(b)
         s.backward(g), r.backward(g)
         assert torch.equal(s, r)
@@ -427,7 +437,7 @@ def peer_of(arch, sj):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("arch", ["spikformer-2-256", "sew-resnet-18"])
 def test_models_exchange_weights_with_spikingjelly(arch, training):
-    """By position, and with the same logits: in float64, where the order of a sum tips no membrane over the threshold."""
+    """By position, with the same logits: in float64, where the order of a sum tips no membrane over the threshold."""
     sj = spikingjelly()
     ours, theirs = models.Classifier(models.build(arch, 128), 10).double(), peer_of(arch, sj).double()
     x = torch.poisson(torch.full((2, 2, 2, 128, 128), 0.3, dtype=torch.float64))
@@ -518,8 +528,9 @@ def test_models_block_keeps_its_output_before_batch_norm_and_its_input_in_bytes(
     assert sum(kept.values()) == 3 * 2 * 16 * 16 * (4 * 1 + 8 * 4) + small
 
 
-@pytest.mark.parametrize("arch, size, dim", [("sew-resnet-18-8", 32, 64), ("sew-resnet-18-8", 64, 64), ("spikformer-1-32", 34, 32),
-                                             ("spikformer-2-48", 64, 48), ("spikformer-1-16", 17, 16)])
+@pytest.mark.parametrize("arch, size, dim", [
+    ("sew-resnet-18-8", 32, 64), ("sew-resnet-18-8", 64, 64), ("spikformer-1-32", 34, 32),
+    ("spikformer-2-48", 64, 48), ("spikformer-1-16", 17, 16)])
 def test_models_have_a_gradient_everywhere_and_features_per_step(arch, size, dim):
     net = models.Classifier(models.build(arch, size), 5)
     assert net.encoder.dim == dim
@@ -565,7 +576,8 @@ def test_models_in_bf16_stay_close_to_float32():
     assert (rough.float().mean(0) - exact).norm() < 0.5 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["resnet", "spikformer-2", "spikformer-0-64", "spikformer-2-100", "sew-resnet-18-0", "sew-resnet-34"])
+@pytest.mark.parametrize("name", [
+    "resnet", "spikformer-2", "spikformer-0-64", "spikformer-2-100", "sew-resnet-18-0", "sew-resnet-34"])
 def test_models_refuse_unknown_names(name):
     with pytest.raises(ValueError, match=name):
         models.build(name, 128)
@@ -651,7 +663,8 @@ def test_data_batches_hold_every_recording_once():
         seen = list(data.batches(split, 4, "cpu", shuffle))
         assert [len(y) for _, y in seen] == [4, 4, 3]
         for x, y in seen:
-            assert x.shape == (3, len(y), 2, 4, 4) and x.dtype == torch.float32 and y.dtype == torch.int64 and x.is_contiguous()
+            assert x.shape == (3, len(y), 2, 4, 4) and x.is_contiguous()
+            assert x.dtype == torch.float32 and y.dtype == torch.int64
             assert torch.equal(x[0, :, 0, 0, 0], y.float())
         order = torch.cat([y for _, y in seen]).tolist()
         assert sorted(order) == list(range(11)) and (order != sorted(order)) == shuffle
@@ -696,7 +709,8 @@ def write_bin(path, events):
     """The ATIS format, 5 bytes an event: x, y, 1 bit polarity, 23 bits time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     t = events["t"].astype(np.uint32)
-    raw = np.stack([events["x"], events["y"], (events["p"].astype(np.uint32) << 7) | (t >> 16), (t >> 8) & 255, t & 255], 1)
+    high = (events["p"].astype(np.uint32) << 7) | (t >> 16)
+    raw = np.stack([events["x"], events["y"], high, (t >> 8) & 255, t & 255], 1)
     raw.astype(np.uint8).tofile(path)
 
 
@@ -736,15 +750,17 @@ def test_data_folder_says_what_it_leaves_out(tmp_path, capsys):
 
 def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, capsys):
     def made(folder, reach, **changes):
+        events = fields(x=np.arange(50) % reach[0], y=np.arange(50) % reach[1])
         for i, c in itertools.product(range(2), "ab"):
-            write_npy(tmp_path / folder / c / f"{i}.npy", fields(x=np.arange(50) % reach[0], y=np.arange(50) % reach[1]))
+            write_npy(tmp_path / folder / c / f"{i}.npy", events)
         return data.load(tmp_path / folder, tmp_path / "root", 2, **changes)[0]
     whole = made("whole", (40, 30))
     assert whole.sensor == [40, 30] and whole.frames.shape[-1] == 40
     again = made("whole", (40, 30))  # written anew, and so made anew
-    frames = sorted((tmp_path / "root" / "frames").glob("whole*.frames"))
+    files = lambda: sorted((tmp_path / "root" / "frames").glob("whole*.frames"))
+    before = files()
     told = data.load(tmp_path / "whole", tmp_path / "root", 2, size=40, sensor=[40, 30])[0]
-    assert np.array_equal(told.frames, again.frames) and sorted((tmp_path / "root" / "frames").glob("whole*.frames")) == frames  # the same file
+    assert np.array_equal(told.frames, again.frames) and files() == before  # the same file
     part, right = made("part", (20, 15)), made("part", (20, 15), sensor=(40, 30), size=40)
     assert part.sensor == [20, 15] and right.sensor == [40, 30]
     assert right.frames.shape[-1] == 40 and not right.frames[..., 20:].any() and not right.frames[..., 20:, :].any()
@@ -752,7 +768,8 @@ def test_data_sensor_of_a_folder_is_guessed_once_told_and_compared(tmp_path, cap
     for split, sensor in ((part, [40, 30]), (right, [40, 30]), (part, None)):
         data.compare_sensors(dict(sensor=sensor), tmp_path / "part", split)
     out = capsys.readouterr().out
-    assert out.count("warning") == 1 and out.endswith("20 x 15 pixels, that of the checkpoint 40 x 30: if the camera is the same, pass --sensor 40 30\n")
+    said = "20 x 15 pixels, that of the checkpoint 40 x 30: if the camera is the same, pass --sensor 40 30\n"
+    assert out.count("warning") == 1 and out.endswith(said)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -768,7 +785,8 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
     (tmp_path / "own" / "notes.txt").write_text("not a recording")
     train_set, test_set = data.load(tmp_path / "own", tmp_path / "root", 3)
     n_test = 2 if parts else 1
-    assert train_set.classes == ["a", "b"] and len(train_set.labels) == 24 - 2 * n_test and len(test_set.labels) == 2 * n_test
+    assert train_set.classes == ["a", "b"]
+    assert len(train_set.labels) == 24 - 2 * n_test and len(test_set.labels) == 2 * n_test
     rows = [(c, i) for c in "ab" for i in range(12 - n_test)], [(c, i) for c in "ab" for i in range(12 - n_test, 12)]
     for split, keys in zip((train_set, test_set), rows):
         assert isinstance(split.frames, np.memmap) and split.labels.dtype == np.int64
@@ -777,7 +795,7 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}
     assert sorted(p.suffix or p.name for p in stamps) == [".frames", ".sensor", ".tsv", "lock"]
     data.load(tmp_path / "own", tmp_path / "root", 3)
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # read again, not made again
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "root" / "frames").iterdir()}  # not made again
     WRITERS[suffix](tmp_path / "own" / ("Train" if parts else "") / "a" / f"r0{suffix}", recording(77))
     assert data.load(tmp_path / "own", tmp_path / "root", 3)[0].frames[0].sum() == 77  # a changed recording is noticed
 
@@ -785,7 +803,8 @@ def test_data_folder_of_recordings(tmp_path, suffix, parts):
 def test_data_broken_recordings_are_named(tmp_path):
     for i in range(4):
         write_bin(tmp_path / "own" / "a" / f"{i}.bin", recording(20, seed=i))
-    for name, content, why in [("4.bin", b"1234567", "truncated"), ("4.npy", b"no array", "cannot be read"), ("4.aedat4", b"#!", "cannot be read")]:
+    for name, content, why in [("4.bin", b"1234567", "truncated"), ("4.npy", b"no array", "cannot be read"),
+                               ("4.aedat4", b"#!", "cannot be read")]:
         bad = tmp_path / "own" / "a" / name
         bad.write_bytes(content)
         with pytest.raises(data.UserError, match=why) as e:
@@ -856,8 +875,10 @@ def test_data_public_sets_as_tonic_lays_them_out(tmp_path, capsys, name, fill, c
     listing = next((tmp_path / "frames").glob("*.tsv")).read_text().splitlines()[1:]
     rows = [line.split("\t") for line in listing]
     assert [r[0] for r in rows] == ["train"] * sizes[0] + ["test"] * sizes[1]
-    assert [data.natural(r[2]) for r in rows] == [data.natural(r[2]) for part in ("train", "test") for c in train_set.classes
-                                                  for r in sorted((r for r in rows if r[:2] == [part, c]), key=lambda r: data.natural(r[2]))]
+    expected = []
+    for part, c in itertools.product(("train", "test"), train_set.classes):
+        expected += sorted(data.natural(r[2]) for r in rows if r[:2] == [part, c])
+    assert [data.natural(r[2]) for r in rows] == expected
 
 
 def test_data_caltech_archive_within_the_archive(tmp_path):
@@ -872,14 +893,15 @@ def test_data_caltech_archive_within_the_archive(tmp_path):
         z.write(folder / "N-Caltech101-archive" / "Caltech101.zip", "N-Caltech101-archive/Caltech101.zip")
     import tonic
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tonic.datasets.NCALTECH101, "file_md5", hashlib.md5((folder / "N-Caltech101-archive.zip").read_bytes()).hexdigest())
+        md5 = hashlib.md5((folder / "N-Caltech101-archive.zip").read_bytes()).hexdigest()
+        patch.setattr(tonic.datasets.NCALTECH101, "file_md5", md5)
         train_set, test_set = data.load("ncaltech101", tmp_path, 1, 8)
     assert (len(train_set.labels), len(test_set.labels)) == (3600 + 4239, 400 + 470)
 
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on this machine: /good sends the archive, /empty answers 202 with nothing, /other the wrong bytes, /broken half."""
+    """A web server here: /good sends the archive, /empty 202 and nothing, /other the wrong bytes, /broken half."""
     class Handler(http.server.BaseHTTPRequestHandler):
         archive = b""
 
@@ -920,7 +942,8 @@ def test_data_download(tmp_path, server, monkeypatch, capfd):
             break
         with pytest.raises(data.UserError) as e:
             data.load("cifar10dvs", tmp_path / "root", 2, 16)
-        for part in (address + path, tonic.datasets.CIFAR10DVS.file_md5, str(tmp_path / "root" / "CIFAR10DVS" / "CIFAR10DVS.zip")):
+        archive = tmp_path / "root" / "CIFAR10DVS" / "CIFAR10DVS.zip"
+        for part in (address + path, tonic.datasets.CIFAR10DVS.file_md5, str(archive)):
             assert part in str(e.value)
         assert "\n" not in str(e.value)
     assert capfd.readouterr().out.count("\n") <= 2  # tonic's own talk is not repeated
@@ -928,12 +951,14 @@ def test_data_download(tmp_path, server, monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", ["cifar10dvs", "dvsgesture", "ncaltech101", "nmnist"])
 def test_data_addresses_are_still_those_that_tonic_names(name):
-    """figshare's API and tonic's dead addresses share the file ids; tonic still has md5 and file name under the names used."""
+    """figshare's API and tonic's dead addresses share the file ids; tonic still has md5 and file name as named here."""
     import tonic
     cls = getattr(tonic.datasets, data.TONIC[name][0])
     for attribute, address in data.TONIC[name][4].items():
         assert hasattr(cls, attribute) and address.startswith("https://api.figshare.com/v2/file/download/")
-    assert all(hasattr(cls, a) for a in (("file_md5", "filename") if name in ("cifar10dvs", "ncaltech101") else ("train_md5", "train_filename")))
+    whole = name in ("cifar10dvs", "ncaltech101")  # one archive, not one for each part
+    for attribute in ("file_md5", "filename") if whole else ("train_md5", "train_filename"):
+        assert hasattr(cls, attribute)
 
 
 # --------------------------------------------------------------------------------------------------------------- eval
