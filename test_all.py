@@ -1354,15 +1354,20 @@ def shapes(tmp_path_factory):
     """A folder of recordings of three toy shapes: 3 x 20 to train on, 3 x 4 to test."""
     folder = tmp_path_factory.mktemp("shapes")
     for i, c in itertools.product(range(24), range(3)):
-        write_npy(folder / ("Train" if i < 20 else "Test") / "abc"[c] / f"{i}.npy", data.toy_events(f"toy:0:{10 * i + c}"))
+        path = folder / ("Train" if i < 20 else "Test") / "abc"[c] / f"{i}.npy"
+        write_npy(path, data.toy_events(f"toy:0:{10 * i + c}"))
     return folder
 
 
-TINY = ["--arch", "spikformer-1-16", "--n-frames", "2", "--pretrain-epochs", "2", "--epochs", "2", "--queue-size", "8", "--no-compile"]
+TINY = "--arch spikformer-1-16 --n-frames 2 --pretrain-epochs 2 --epochs 2 --queue-size 8 --no-compile".split()
+
+
+def tiny(shapes, out, *flags):
+    return ["--dataset", str(shapes), "--root", str(out.parent / "root"), "--out", str(out), *TINY, *flags]
 
 
 def run_tiny(shapes, out, *flags):
-    train.main(["--dataset", str(shapes), "--root", str(out.parent / "root"), "--out", str(out), *TINY, *flags])
+    train.main(tiny(shapes, out, *flags))
 
 
 def weights(path):
@@ -1423,7 +1428,8 @@ def test_train_refuses_a_damaged_state(shapes, tmp_path, capsys):
     for _ in range(2):  # cut short, then missing: the finished weights beside it stay
         with pytest.raises(SystemExit) as e:
             run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0", "--resume")
-        assert e.value.code == 2 and "state.pt" in capsys.readouterr().err and (tmp_path / "a" / "finetuned.pt").exists()
+        assert e.value.code == 2 and "state.pt" in capsys.readouterr().err
+        assert (tmp_path / "a" / "finetuned.pt").exists()
         state.unlink(missing_ok=True)
 
 
@@ -1435,7 +1441,7 @@ def test_train_variants(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"), "--temperature", "3")
     assert "warning: --temperature have no effect" in capsys.readouterr().out
     was, args = (torch.load(tmp_path / name / "finetuned.pt", weights_only=True)["args"] for name in ("a", "init"))
-    assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # says how the encoder was made, not what flags say
+    assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # how it was made, not what flags say
     a, b = weights(tmp_path / "a" / "finetuned.pt"), weights(tmp_path / "init" / "finetuned.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)  # fine-tuning starts from the same encoder and seed
     run_tiny(shapes, tmp_path / "mbc", "--alpha", "1", "--beta", "0", "--momentum", "0", "--queue-size", "1")
@@ -1489,7 +1495,8 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
     before = (tmp_path / "a" / "finetuned.pt").read_bytes()
     with pytest.raises(SystemExit) as e:
         run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
-    assert e.value.code == 2 and "--resume" in capsys.readouterr().err and before == (tmp_path / "a" / "finetuned.pt").read_bytes()
+    assert e.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert (tmp_path / "a" / "finetuned.pt").read_bytes() == before
     monkeypatch.chdir(tmp_path)
     for expected in ("shapes", "shapes-2"):
         args = train.parse(["--dataset", str(shapes)])
@@ -1498,7 +1505,7 @@ def test_train_leaves_no_run_written_over(shapes, tmp_path, monkeypatch, capsys)
         (out / "log.csv").touch()
     resume = train.parse(["--dataset", str(shapes), "--resume"])
     assert train.run_folder(resume)[0].name == shapes.name + "-2"
-    (out.parent / (shapes.name + "-3")).mkdir()  # of a run that stopped in its first epoch: not the finished one before it
+    (out.parent / (shapes.name + "-3")).mkdir()  # of a run that stopped in its first epoch: not the finished one before
     assert train.run_folder(resume)[0].name == shapes.name + "-3"
 
 
@@ -1529,12 +1536,14 @@ def test_train_and_eval_answer_a_mistake_with_one_line(argv, says, tmp_path):
 
 def test_train_help_shows_the_row_of_the_data_set():
     helps = [command("train.py", "--dataset", name, "--help").stdout for name in ("cifar10dvs", "nmnist")]
-    assert "(default: 128)" in helps[0] and "(default: 0)" in helps[1] and "(default: 34)" in helps[1] and "(default: None)" not in helps[0].split("--out")[0].split("--queue-size")[1].split("--init")[0]
+    assert "(default: 128)" in helps[0] and "(default: 0)" in helps[1] and "(default: 34)" in helps[1]
+    shown = helps[0].split("--out")[0].split("--queue-size")[1].split("--init")[0]
+    assert "(default: None)" not in shown
 
 
 def test_train_command_line_on_the_toy_data_and_scripts_of_the_readme(tmp_path, monkeypatch, capsys):
-    run = command("train.py", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "runs" / "toy"), "--pretrain-epochs", "1", "--epochs", "1",
-                  "--arch", "spikformer-1-16", "--n-frames", "2", "--image-size", "12", "--no-compile")
+    flags = "--pretrain-epochs 1 --epochs 1 --arch spikformer-1-16 --n-frames 2 --image-size 12 --no-compile".split()
+    run = command("train.py", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "runs" / "toy"), *flags)
     assert run.returncode == 0, run.stderr
     last = run.stdout.splitlines()[-1]
     assert last.startswith("test accuracy ") and last.endswith("500 recordings)")
@@ -1547,18 +1556,20 @@ def test_train_command_line_on_the_toy_data_and_scripts_of_the_readme(tmp_path, 
     for script in scripts:
         exec(script, {})
     knn, answer = capsys.readouterr().out.splitlines()
-    assert float(knn) > 0.2 and answer.split(" torch.Size")[0] in data.toy_shapes() and answer.endswith("torch.Size([1, 16])")
+    assert float(knn) > 0.2 and answer.endswith("torch.Size([1, 16])")
+    assert answer.split(" torch.Size")[0] in data.toy_shapes()
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def test_train_on_two_processes(shapes, tmp_path):
-    """One process under torchrun is a run without it; two share the work, write once, and resume; a mistake ends all of them."""
+    """One process under torchrun is a run without it; two share the work, write once, resume; a mistake ends both."""
     flags = ["--dataset", str(shapes), "--root", str(tmp_path / "root"), *TINY, "--batch-size", "7"]
     out = lambda name: ["--out", str(tmp_path / name)]
     plain = command("train.py", *flags, *out("plain"), threads=1)
-    one, two = (command(*TORCHRUN, n, "train.py", *flags, *out(name), threads=1) for n, name in (("1", "one"), ("2", "two")))
+    one = command(*TORCHRUN, "1", "train.py", *flags, *out("one"), threads=1)
+    two = command(*TORCHRUN, "2", "train.py", *flags, *out("two"), threads=1)
     assert plain.returncode == one.returncode == two.returncode == 0, plain.stderr + one.stderr + two.stderr
     a, b = weights(tmp_path / "plain" / "finetuned.pt"), weights(tmp_path / "one" / "finetuned.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -1597,21 +1608,24 @@ def sgd(model, lr, *_):  # AdamW would not tell a gradient from twice itself
 train.optimizer_of = sgd
 train.fit(run, "pretrain", net, step, split, 2, 0.1, lambda _: None)
 losses = torch.tensor([float(row["loss"]) for row in run.log])
-torch.save(dict(net.state_dict(), losses=losses, seen=torch.cat(seen), drawn=torch.cat(drawn)), f"{{sys.argv[1]}}/{{world}}-{{rank}}.pt")
+result = dict(net.state_dict(), losses=losses, seen=torch.cat(seen), drawn=torch.cat(drawn))
+torch.save(result, f"{{sys.argv[1]}}/{{world}}-{{rank}}.pt")
 """
 
 
 @pytest.mark.parametrize("n", [6, 5])
 def test_train_on_two_processes_is_train_on_one(tmp_path, n):
-    """In evaluation mode of batch norm: the same losses, weights and queue, on both ranks, for even and uneven shares of a batch."""
+    """In evaluation mode of batch norm: the same losses, weights, queue on both ranks, for even and uneven shares."""
     script = tmp_path / "shares.py"
     script.write_text(SHARES.format(here=str(HERE), n=n))
     for world in (1, 2):
         run = command(*TORCHRUN, str(world), str(script), str(tmp_path))
         assert run.returncode == 0, run.stderr
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    assert sorted([*first.pop("seen").tolist(), *second.pop("seen").tolist()]) == sorted(alone.pop("seen").tolist()) == sorted([*range(n)] * 2)
-    assert len({*alone.pop("drawn").tolist(), *first["drawn"].tolist(), *second["drawn"].tolist()}) == 4  # augmentation: a process's own
+    shared = [*first.pop("seen").tolist(), *second.pop("seen").tolist()]
+    assert sorted(shared) == sorted(alone.pop("seen").tolist()) == sorted([*range(n)] * 2)
+    drawn = {*alone.pop("drawn").tolist(), *first["drawn"].tolist(), *second["drawn"].tolist()}
+    assert len(drawn) == 4  # augmentation: a process's own
     del first["drawn"], second["drawn"]
     for k in alone:
         assert torch.equal(first[k], second[k])
@@ -1621,7 +1635,7 @@ def test_train_on_two_processes_is_train_on_one(tmp_path, n):
 
 # ------------------------------------------------------------------------------------- faults, bad input, hostile files
 
-FUZZ = int(os.environ.get("FUZZ", 150))  # mutants a reader, and a fifth of it for checkpoints; FUZZ=10000 for all of them
+FUZZ = int(os.environ.get("FUZZ", 150))  # mutants a reader, and a fifth for checkpoints; FUZZ=10000 for all of them
 
 
 def answer(capsys, *argv, main=train.main):
@@ -1635,19 +1649,23 @@ def answer(capsys, *argv, main=train.main):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--momentum -0.1", "--momentum"), ("--temperature 0", "--temperature"),
-    ("--weight-decay nan", "--weight-decay"), ("--alpha -1", "--alpha"), ("--alpha 0 --beta 0", "--beta 0"), ("--epochs 0 --pretrain-epochs 0", "--epochs 0"), ("--n-frames 0", "--n-frames"),
-    ("--epochs -1", "--epochs"), ("--queue-size 0", "--queue-size"), ("--image-size 4", "--image-size"), ("--batch-size 0", "--batch-size"),
-    ("--batch-size 61", "60 recordings"), ("--labels-per-class -1", "--labels-per-class"), ("--device meta", "--device meta"),
-    ("--device cuda:99", "--device cuda:99"), ("--dataset nminst", "did you mean nmnist?"), ("--arch spikfromer-2-256", "did you mean spikformer-2-256?"),
-    ("--pretrian-epochs 3", "did you mean --pretrain-epochs?"), ("--out FILE", "cannot be written"), ("--out FILE/below", "cannot be written"),
-    ("--root FILE/below", "cannot be written"),
-    ("--n-frames 1 --batch-size 1", "batch of one frame"), ("--init FOLDER", "cannot be read")])
+    ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--momentum -0.1", "--momentum"),
+    ("--temperature 0", "--temperature"), ("--weight-decay nan", "--weight-decay"), ("--alpha -1", "--alpha"),
+    ("--alpha 0 --beta 0", "--beta 0"), ("--epochs 0 --pretrain-epochs 0", "--epochs 0"), ("--epochs -1", "--epochs"),
+    ("--n-frames 0", "--n-frames"), ("--queue-size 0", "--queue-size"), ("--image-size 4", "--image-size"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 61", "60 recordings"),
+    ("--labels-per-class -1", "--labels-per-class"), ("--device meta", "--device meta"),
+    ("--device cuda:99", "--device cuda:99"), ("--dataset nminst", "did you mean nmnist?"),
+    ("--arch spikfromer-2-256", "did you mean spikformer-2-256?"), ("--out FILE", "cannot be written"),
+    ("--pretrian-epochs 3", "did you mean --pretrain-epochs?"), ("--out FILE/below", "cannot be written"),
+    ("--root FILE/below", "cannot be written"), ("--n-frames 1 --batch-size 1", "batch of one frame"),
+    ("--init FOLDER", "cannot be read")])
 def test_train_checks_flags_before_any_work(shapes, tmp_path, capsys, monkeypatch, flags, says):
     (tmp_path / "file").touch()
     flags = flags.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
     monkeypatch.setattr(train, "fit", None)
-    assert says in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "out", *flags.split())
+    places = ["--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "out"]
+    assert says in answer(capsys, *places, *flags.split())
 
 
 def until(ready, process, seconds=120):
@@ -1658,12 +1676,14 @@ def until(ready, process, seconds=120):
 
 
 def test_train_resumes_exactly_after_kill_9(shapes, tmp_path):
-    """Killed at a random moment, of caching, pre-training and fine-tuning alike, until it gets through: the undisturbed weights."""
+    """Killed at random moments, of caching, pre-training and fine-tuning alike: in the end the undisturbed weights."""
     flags = ["--dataset", str(shapes), *TINY, "--epochs", "4", "--image-size", "16"]
     train.main([*flags, "--root", str(tmp_path / "root"), "--out", str(tmp_path / "whole")])
-    again = [sys.executable, "train.py", *flags, "--root", str(tmp_path / "root2"), "--out", str(tmp_path / "cut"), "--resume"]
+    places = ["--root", str(tmp_path / "root2"), "--out", str(tmp_path / "cut")]
+    again = [sys.executable, "train.py", *flags, *places, "--resume"]
     chance, log = random.Random(0), tmp_path / "cut" / "log.csv"
-    for moment in (lambda: (tmp_path / "root2" / "frames").exists(), lambda: log.exists(), lambda: log.read_text().count("finetune") > 1):
+    caching = lambda: (tmp_path / "root2" / "frames").exists()
+    for moment in (caching, log.exists, lambda: log.read_text().count("finetune") > 1):
         process = subprocess.Popen(again, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(moment, process)
         time.sleep(chance.uniform(0, 0.1))
@@ -1676,10 +1696,11 @@ def test_train_resumes_exactly_after_kill_9(shapes, tmp_path):
 
 
 def test_train_on_a_full_disk(shapes, tmp_path, capsys):
-    """Too little room for frames, then for a state: one line, nothing half-made, and the same command with --resume ends as if nothing was."""
+    """Too little room for frames, then for a state: one line, nothing half-made; --resume ends as if nothing was."""
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    flags = ["--dataset", shapes, "--root", tmp_path / "root", *TINY, "--image-size", "16", "--epochs", "3", "--out", tmp_path / "cut", "--resume"]
+    flags = ["--dataset", shapes, "--root", tmp_path / "root", *TINY, "--image-size", "16", "--epochs", "3",
+             "--out", tmp_path / "cut", "--resume"]
 
     def full(size):
         try:
@@ -1687,7 +1708,8 @@ def test_train_on_a_full_disk(shapes, tmp_path, capsys):
             return answer(capsys, *flags)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ".frames: cannot be written" in full(50_000) and not [*tmp_path.rglob("*.frames")] and not [*tmp_path.rglob("*.tsv")]
+    assert ".frames: cannot be written" in full(50_000)
+    assert not [*tmp_path.rglob("*.frames")] and not [*tmp_path.rglob("*.tsv")]
     data.load(shapes, tmp_path / "root", 2, 16)
     assert "state.pt: cannot be written" in full(50_000) and not (tmp_path / "cut" / "state.pt").exists()
     assert "finetuned.pt" not in full((tmp_path / "root").stat().st_size + 120_000) and not [*tmp_path.rglob("*.part")]
@@ -1698,24 +1720,26 @@ def test_train_on_a_full_disk(shapes, tmp_path, capsys):
 
 
 def test_two_runs_keep_out_of_each_others_way(shapes, tmp_path, capsys):
-    """A folder at work is refused until its run ends, be it by kill -9; makers of frames wait for one another and clear up."""
-    held = subprocess.Popen([sys.executable, "-c", f"import data, pathlib; held = [data.lock(pathlib.Path(p)) for p in "
-                             f"({str(tmp_path / 'a')!r}, {str(tmp_path / 'root' / 'frames')!r})]; print(0, flush=True); input()"],
-                            cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """A folder at work is refused until its run ends, even by kill -9; makers of frames wait in turn and clear up."""
+    paths = [str(tmp_path / "a"), str(tmp_path / "root" / "frames")]
+    hold = f"import data, pathlib; held = [data.lock(pathlib.Path(p)) for p in {paths}]; print(0, flush=True); input()"
+    held = subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
     half = tmp_path / "root" / "frames" / "half.frames.1.part"
     half.write_bytes(b"half")
-    assert "another run" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY)
+    assert "another run" in answer(capsys, *tiny(shapes, tmp_path / "a"))
     threading.Timer(1, held.kill).start()
     run_tiny(shapes, tmp_path / "b")
     assert "waiting for another run" in capsys.readouterr().out and held.wait() == -9 and not half.exists()
     run_tiny(shapes, tmp_path / "a")
-    assert "made with" in answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--resume", "--momentum", "0.5")
+    assert "made with" in answer(capsys, *tiny(shapes, tmp_path / "a", "--resume", "--momentum", "0.5"))
 
 
 def test_data_two_starts_on_one_root(shapes, tmp_path):
-    load = f"import data; a, b = data.load({str(shapes)!r}, {str(tmp_path)!r}, 2, 16); print(int(a.frames.sum()), len(b.labels))"
-    both = [subprocess.Popen([sys.executable, "-c", load], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    load = (f"import data; a, b = data.load({str(shapes)!r}, {str(tmp_path)!r}, 2, 16); "
+            "print(int(a.frames.sum()), len(b.labels))")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    both = [subprocess.Popen([sys.executable, "-c", load], cwd=HERE, **pipes) for _ in range(2)]
     first, second = (p.communicate()[0].splitlines()[-1] for p in both)
     train_set, test_set = data.load(shapes, tmp_path, 2, 16)
     assert first == second == f"{train_set.frames.sum()} {len(test_set.labels)}"
