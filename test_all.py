@@ -1771,16 +1771,18 @@ def fields(**changes):
 
 
 BROKEN = {  # what is wrong with an .npy, and what is said about it
-    "fields": (fields(p=None), "fields x, y, t, p"), "plain": (np.zeros((9, 4)), "fields x, y, t, p"), "none": (fields()[:0], "no event"),
-    "far": (fields(x=np.full(50, 65535)), "pixels"), "negative": (fields(y=np.full(50, -1)), "pixels"), "half": (fields(x=np.full(50, 0.5)), "pixels"),
+    "fields": (fields(p=None), "fields x, y, t, p"), "plain": (np.zeros((9, 4)), "fields x, y, t, p"),
+    "none": (fields()[:0], "no event"), "far": (fields(x=np.full(50, 65535)), "pixels"),
+    "negative": (fields(y=np.full(50, -1)), "pixels"), "half": (fields(x=np.full(50, 0.5)), "pixels"),
     "polarity": (fields(p=np.full(50, -1)), "polarity"), "backwards": (fields(t=np.arange(50)[::-1]), "backwards"),
-    "reset": (fields(t=np.r_[:25, :25]), "backwards"), "unsigned": (fields(t=np.arange(50, dtype=np.uint64)[::-1]), "backwards"),
-    "coarse": (np.rec.fromarrays([fields()["x"], fields()["y"], (1.6e15 + 1e3 * np.arange(50)).astype(np.float32), fields()["p"]],
-                                 names="x,y,t,p"), "too coarse"),
+    "reset": (fields(t=np.r_[:25, :25]), "backwards"),
+    "unsigned": (fields(t=np.arange(50, dtype=np.uint64)[::-1]), "backwards"),
+    "coarse": (fields(t=(1.6e15 + 1e3 * np.arange(50)).astype(np.float32)), "too coarse"),
     "nan": (fields(t=np.full(50, np.nan)), "finite"), "text": (fields(x=np.full(50, "1")), "numbers"),
-    "pickled": (np.array([{}], object), "pickle"), "written": (b"x y t p\n1 2 3 0\n", "pickle"), "empty": (b"", "No data"),
-    "claims": (b"\x93NUMPY\x01\x00v\x00" + b"{'descr': [('x', '<i8'), ('y', '<i8'), ('t', '<i8'), ('p', '<i8')], 'fortran_order': False, "
-               b"'shape': (999999999,)}".ljust(117) + b"\n", "read")}
+    "pickled": (np.array([{}], object), "pickle"), "written": (b"x y t p\n1 2 3 0\n", "pickle"),
+    "empty": (b"", "No data"),
+    "claims": (b"\x93NUMPY\x01\x00v\x00" + b"{'descr': [('x', '<i8'), ('y', '<i8'), ('t', '<i8'), ('p', '<i8')], "
+               b"'fortran_order': False, 'shape': (999999999,)}".ljust(117) + b"\n", "read")}
 
 
 def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
@@ -1789,7 +1791,8 @@ def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
         write_npy(own / c / f"{i}.npy", recording(60, seed=i))
     whole = data.load(own, tmp_path / "root", 2)
     for i, content in enumerate(c for c, _ in BROKEN.values()):
-        (own / "a" / f"broken{i}.npy").write_bytes(content) if isinstance(content, bytes) else np.save(own / "a" / f"broken{i}.npy", content)
+        path = own / "a" / f"broken{i}.npy"
+        path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
     for i in range(7):
         (own / "a" / f"zero{i}.bin").touch()
     with pytest.raises(data.UserError) as e:
@@ -1802,8 +1805,10 @@ def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
         capsys.readouterr()
         train_set, test_set = data.load(own, tmp_path / "root", 2, skip_broken=True)
         assert "24 of 48 recordings are broken" in capsys.readouterr().out
-        rows = [r.split("\t") for r in max((tmp_path / "root" / "frames").glob("*.tsv"), key=os.path.getmtime).read_text().splitlines()[1:]]
-        assert sum(r[0] == "broken" for r in rows) == 24 and all((r[0] == "broken") == (Path(r[2]).stem[0] in "bz") for r in rows)
+        listing = max((tmp_path / "root" / "frames").glob("*.tsv"), key=os.path.getmtime)
+        rows = [r.split("\t") for r in listing.read_text().splitlines()[1:]]
+        assert sum(r[0] == "broken" for r in rows) == 24
+        assert all((r[0] == "broken") == (Path(r[2]).stem[0] in "bz") for r in rows)
         kept = [r for r in rows if r[0] != "broken"]
         assert len(train_set.labels) + len(test_set.labels) == 24 == len(kept)
         for frames, row in zip([*train_set.frames, *test_set.frames], kept):
@@ -1829,7 +1834,8 @@ def test_data_damaged_cache_is_called_damaged(tmp_path):
     good = data.load(own, tmp_path / "root", 2)
     listing = next((tmp_path / "root" / "frames").glob("*.tsv"))
     raw = listing.read_bytes()
-    for damaged in (b"", raw[: len(raw) // 2], bytes(len(raw)), raw + b"\n", raw.replace(b"\ntrain", b'\n"train', 1), raw.replace(b"test", b"broken")):
+    for damaged in (b"", raw[: len(raw) // 2], bytes(len(raw)), raw + b"\n",
+                    raw.replace(b"\ntrain", b'\n"train', 1), raw.replace(b"test", b"broken")):
         listing.write_bytes(damaged)
         with pytest.raises(data.UserError, match="is damaged: remove it"):
             data.load(own, tmp_path / "root", 2)
@@ -1861,7 +1867,8 @@ def test_data_bin_is_read_as_tonic_reads_it(tmp_path):
     raw = np.random.default_rng(0).integers(0, 256, (3000, 5)).astype(np.uint8)
     raw[::50, 1] = 240  # the clock has gone round
     raw.tofile(tmp_path / "a.bin")
-    ours, theirs = data.read_bin(tmp_path / "a.bin"), tonic.io.read_mnist_file(tmp_path / "a.bin", np.dtype([(f, int) for f in "xytp"]))
+    ours = data.read_bin(tmp_path / "a.bin")
+    theirs = tonic.io.read_mnist_file(tmp_path / "a.bin", np.dtype([(f, int) for f in "xytp"]))
     assert len(ours) < 2941 and all(np.array_equal(ours[f], theirs[f]) for f in "xytp")
 
 
@@ -1887,8 +1894,8 @@ def test_data_archives_that_point_outside_are_refused(tmp_path, server, monkeypa
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    args = dict(data.DATASETS["toy"], arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy", pretrained_on="toy", root="data",
-                seed=0, skip_broken=False)
+    args = dict(data.DATASETS["toy"], arch="spikformer-1-16", image_size=16, n_frames=2, batch_size=4, dataset="toy",
+                pretrained_on="toy", root="data", seed=0, skip_broken=False)
     net = models.Classifier(models.build("spikformer-1-16", 16), 3)
     return dict(kind="finetuned", args=args, classes=["a", "b", "c"], weights=net.state_dict())
 
@@ -1909,17 +1916,22 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
         laughs = [laughs, laughs]
     itself.append(itself)
     weight = checkpoint["weights"][bn]
-    weights = {name: checkpoint["weights"] | {bn: v} for name, v in dict(
-        nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(), sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12)).items()}
-    arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None], image_size=[-1, 10**9, "16", None], sensor=[7, [34], ["a", "b"]],
-                     n_frames=[0, True, 10**9], batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"],
+    broken = dict(nan=weight * math.nan, inf=weight / 0, shape=torch.zeros(99), half=weight.half(),
+                  sparse=weight.to_sparse(), terabyte=weight[:1].expand(10**12))
+    arguments = dict(arch=["spikformer-99999-160000", "spikformer-9999999999-16", "sew-resnet-18", "x", 5, None],
+                     image_size=[-1, 10**9, "16", None], sensor=[7, [34], ["a", "b"]], n_frames=[0, True, 10**9],
+                     batch_size=[2.5, 10**30], dataset=[3], root=[None], pretrained_on=[b"toy"], momentum=["0"],
                      queue_size=[-5], views=[data.COMMON["views"] | dict(strength=10**400)])
-    contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}, *({k: v for k, v in checkpoint.items() if k != part} for part in checkpoint),
-                *(checkpoint | change for change in [
-                    dict(kind="other"), dict(classes=[]), dict(classes=["a"] * 4), dict(classes=[1, 2, 3]), dict(classes=itself), dict(x=laughs),
-                    dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(x=Call(bytearray, 10**11)), dict(x=Call(torch.Tensor, 10**11)),
-                    *(dict(weights=w) for w in weights.values()), dict(weights=checkpoint["weights"] | {"more": weight}),
-                    *(dict(args=checkpoint["args"] | {k: v}) for k, values in arguments.items() for v in values)])]
+    call = Call(os.system, f"touch {tmp_path / 'ran'}")
+    changes = [
+        dict(kind="other"), dict(classes=[]), dict(classes=["a"] * 4), dict(classes=[1, 2, 3]), dict(classes=itself),
+        dict(x=laughs), dict(x=call), dict(x=Call(bytearray, 10**11)), dict(x=Call(torch.Tensor, 10**11)),
+        *(dict(weights=checkpoint["weights"] | {bn: w}) for w in broken.values()),
+        dict(weights=checkpoint["weights"] | {"more": weight}),
+        *(dict(args=checkpoint["args"] | {k: v}) for k, values in arguments.items() for v in values)]
+    contents = [checkpoint["weights"], [1], "text", torch.zeros(3), {}]
+    contents += [{k: v for k, v in checkpoint.items() if k != part} for part in checkpoint]
+    contents += [checkpoint | change for change in changes]
     files = []
     for i, content in enumerate(contents):
         files.append(tmp_path / f"{i}.pt")
@@ -1928,14 +1940,15 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
     assert evaluation.load_checkpoint(tmp_path / "good.pt")["classes"] == ["a", "b", "c"]
     raw = (tmp_path / "good.pt").read_bytes()
     spots = [raw.index(b"X\x04\x00\x00\x00kind"), len(raw) // 2]
-    others = dict(empty=b"", text=b"hello", half=raw[: len(raw) // 2], short=raw[:-1], pickle=pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}")),
+    others = dict(empty=b"", text=b"hello", half=raw[: len(raw) // 2], short=raw[:-1], pickle=pickle.dumps(call),
                   **{f"byte{i}": raw[:i] + b"?" + raw[i + 1 :] for i in spots})
     for name, content in others.items():
         files.append(tmp_path / f"{name}.pt")
         files[-1].write_bytes(content)
     files += [tmp_path / name for name in ("legacy.pt", "deflated.pt", "bomb.pt", "no.pt", "")]
     torch.save(checkpoint, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(tmp_path / "good.pt") as z, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
+    path = tmp_path / "deflated.pt"
+    with zipfile.ZipFile(tmp_path / "good.pt") as z, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as deflated:
         for name in z.namelist():
             deflated.writestr(name, z.read(name))
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
@@ -1951,10 +1964,13 @@ def test_eval_refuses_hostile_checkpoints(checkpoint, tmp_path):
 def test_train_refuses_a_hostile_state(shapes, tmp_path, capsys):
     run_tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0")
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
-    for change in [dict(epoch=-1), dict(epoch=1.5), dict(epoch="1"), dict(log=[]), dict(log=[{"x": 1}]), dict(log=[["epoch"]]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
-                   dict(x=Call(os.system, f"touch {tmp_path / 'ran'}")), dict(model={k: v * math.nan for k, v in state["model"].items()})]:
+    call = Call(os.system, f"touch {tmp_path / 'ran'}")
+    nan = {k: v * math.nan for k, v in state["model"].items()}
+    for change in [dict(epoch=-1), dict(epoch=1.5), dict(epoch="1"), dict(log=[]), dict(log=[{"x": 1}]),
+                   dict(log=[["epoch"]]), dict(args=None), dict(model={}), dict(optimizer={}), dict(schedule=5),
+                   dict(x=call), dict(model=nan)]:
         torch.save(state | dict(epoch=1, log=state["log"][:1]) | change, tmp_path / "a" / "state.pt")
-        line = answer(capsys, "--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--resume")
+        line = answer(capsys, *tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0", "--resume"))
         assert "state.pt" in line
     assert not (tmp_path / "ran").exists()
 
@@ -1968,15 +1984,16 @@ def test_train_stops_at_a_loss_that_is_not_finite(shapes, tmp_path, capsys, monk
         calls.append(1)
         value = cross_entropy(logits, y)
         if len(calls) == 4:  # step 2 of epoch 2
-            return value + (logits.sum() * 0).sqrt() if weights_alone else value * math.nan  # the gradient of sqrt(0) is infinite
+            return value + (logits.sum() * 0).sqrt() if weights_alone else value * math.nan  # sqrt'(0) is infinite
         return value
-    flags = ["--dataset", shapes, "--root", tmp_path / "root", "--out", tmp_path / "a", *TINY, "--pretrain-epochs", "0", "--epochs", "3"]
+    flags = tiny(shapes, tmp_path / "a", "--pretrain-epochs", "0", "--epochs", "3")
     monkeypatch.setattr(train.F, "cross_entropy", broken)
     line = answer(capsys, *flags)
     for part in ("step 2 of epoch 2", "learning rate 3.00e-03", "--lr 0.001", "state.pt"):
         assert part in line
     monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
-    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["epoch"] == 1 and not (tmp_path / "a" / "finetuned.pt").exists()
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["epoch"] == 1
+    assert not (tmp_path / "a" / "finetuned.pt").exists()
     train.main([str(f) for f in flags] + ["--resume"])
     a, b = weights(tmp_path / "whole" / "finetuned.pt"), weights(tmp_path / "a" / "finetuned.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -1987,7 +2004,8 @@ def test_train_warns_of_dead_spikes_and_of_a_collapse(capsys):
     encoder(torch.poisson(torch.ones(2, 64, 2, 16, 16)))
     frames = np.random.default_rng(0).poisson(1.0, (12, 2, 2, 16, 16)).astype(np.uint8)
     frames[::2, :, :, :8] = 0
-    split, run = data.Split(frames, np.zeros(12, int), ["a"]), types.SimpleNamespace(warned=set(), args=types.SimpleNamespace(batch_size=5, device="cpu", n_frames=2))
+    args = types.SimpleNamespace(batch_size=5, device="cpu", n_frames=2)
+    split, run = data.Split(frames, np.zeros(12, int), ["a"]), types.SimpleNamespace(warned=set(), args=args)
     for m in encoder.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.momentum = 1.0
@@ -2009,19 +2027,21 @@ def test_train_warns_of_dead_spikes_and_of_a_collapse(capsys):
 
 
 def mutant(raw, seed, head):
-    """raw with 1 to 16 changes, half of them in its first `head` bytes or its last: flips, special values, cuts, insertions."""
+    """raw with 1 to 16 changes, half of them in its first `head` bytes or its last: flips, values, cuts, insertions."""
     chance, b = random.Random(seed), bytearray(raw)
     for _ in range(chance.choice([1, 1, 2, 4, 16])):
         if not b:
             break
-        i = chance.choice([chance.randrange(len(b)), chance.randrange(min(len(b), head)), len(b) - 1 - chance.randrange(min(len(b), head))])
+        end = min(len(b), head)
+        i = chance.choice([chance.randrange(len(b)), chance.randrange(end), len(b) - 1 - chance.randrange(end)])
         match chance.randrange(6):
             case 0:
                 b[i] ^= 1 << chance.randrange(8)
             case 1:
                 b[i] = chance.choice([0, 1, 48, 57, 127, 128, 240, 255])
             case 2:
-                b[i : i + 4] = chance.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, chance.getrandbits(32)]).to_bytes(4, "little")
+                value = chance.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, chance.getrandbits(32)])
+                b[i : i + 4] = value.to_bytes(4, "little")
             case 3 if chance.random() < 0.5:
                 del b[i:]
             case 4:
@@ -2053,9 +2073,11 @@ def test_fuzz_recordings(tmp_path, suffix):
     recordings = [(("train", "test")[seed % 2], "", seed) for seed in range(FUZZ)]
     tried = list(data.parallel(read, frames_from, recordings, f"fuzz {suffix}", True))
     good, broken = [frames for _, frames, why in tried if not why], [why for _, _, why in tried if why]
-    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2 and all(frames.shape == (4, 2, 32, 32) for frames in good)
+    assert len(good) + len(broken) == FUZZ and len(good) > FUZZ / 100 and len(broken) > FUZZ / 2
+    assert all(frames.shape == (4, 2, 32, 32) for frames in good)
     assert not [why for why in broken if "MemoryError" in why] and time.time() - began < 30 + FUZZ / 20
-    print(f"{len(good)} read, {len(broken)} refused, {sum('crashed' in why for why in broken)} of them by a crash of their process")
+    crashed = sum("crashed" in why for why in broken)
+    print(f"{len(good)} read, {len(broken)} refused, {crashed} of them by a crash of their process")
 
 
 def test_fuzz_checkpoints(checkpoint, tmp_path):
