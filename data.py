@@ -107,15 +107,14 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     if name == "toy":
         recordings, classes, read, known = toy_recordings()
     elif name in TONIC:
-        with lock(root, wait=True):  # two runs do not download into the same files
-            recordings, classes, read, known = tonic_recordings(name, root)
+        recordings, classes, read, known = tonic_recordings(name, root)
     else:
         recordings, classes, read, known = folder_recordings(Path(name).expanduser())
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural(r[2])))
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
 
-    sources = [inspect.getsource(f) for f in (to_frames, toy_shapes, toy_events, read, *READERS.values())]
+    sources = [source(f) for f in (to_frames, toy_shapes, toy_events, read, *READERS.values())]
 
     def path_of(suffix, *settings):
         """Where what these recordings and readers give at these settings is kept."""
@@ -333,7 +332,7 @@ def read_aedat4(path):
     file ends. Layout: 14 bytes of version; at 14 the size of the header, which starts at 18; then packets, each 4 bytes
     of stream, 4 of size.
     """
-    import tonic
+    import aedat
     raw = Path(path).read_bytes()
 
     def number(at, size=4):
@@ -348,8 +347,14 @@ def read_aedat4(path):
         at += 8 + max(number(at + 4), 0)
     if not at == end <= len(raw):
         raise ValueError(f"truncated or damaged: its packets do not end where they should, at byte {end}")
-    events = tonic.io.read_aedat4(path)
+    decoder = aedat.Decoder(path)
+    streams = {i: stream for i, stream in decoder.id_to_stream().items() if stream["type"] == "events"}
+    packets = [packet["events"] for packet in decoder if packet["stream_id"] == min(streams)]
+    events = np.concatenate(packets) if packets else np.empty(0, "u8, u2, u2, ?")
     events.dtype.names = "t", "x", "y", "p"
+    width, height = (streams[min(streams)][side] for side in ("width", "height"))
+    if len(events) and not (events["x"].max() < width and events["y"].max() < height):
+        raise ValueError(f"an event lies outside the sensor of {width} x {height} pixels that the file names")
     return events
 
 
@@ -440,6 +445,14 @@ def extract(path, folder, _):
 
 # ------------------------------------------------------------------------------------------- frames, made once and kept
 
+def source(f):
+    """The text of a function, or its name if it has none, as one typed into a prompt."""
+    try:
+        return inspect.getsource(f)
+    except (OSError, TypeError):
+        return getattr(f, "__qualname__", "")
+
+
 def kept(path, make, read):
     """What read() finds in `path`, made by make() if it is not there: in one process, for which the others wait."""
     if not path.exists():
@@ -495,7 +508,10 @@ def guess_sensor(path, recordings, read, skip_broken):
         corners = {key: reach for (_, _, key), reach, why in tried if not why}
         width, height = np.max(list(corners.values()), 0).tolist()
         farthest = max(corners, key=lambda key: max(corners[key]))
-        print(f"sensor: {width} x {height} pixels, as far as events reach; the farthest are in {farthest}")
+        usual = np.median([max(c) for c in corners.values()])
+        odd = bool(max(width, height) > 2 * usual)  # by a wrong byte, say
+        print(f"{odd * 'warning: '}sensor: {width} x {height} pixels, as far as events reach; the farthest are in "
+              f"{farthest}{odd * ', most others reach not half so far'}")
         with whole(path) as f:
             f.write(json.dumps([width, height]).encode())
 
@@ -512,7 +528,9 @@ def check_broken(broken, recordings, skip_broken):
     left = {recording[0] for recording in recordings if recording not in broken}
     if not broken or skip_broken and left == {"train", "test"}:
         return
-    remedy = "for none is left to train or to test on" if skip_broken else "or leave them out with --skip-broken"
+    remedy = "or leave them out with --skip-broken"
+    if skip_broken:
+        remedy = f"for none is left to {'test' if 'train' in left else 'train'} on"
     lines = [f"{key}: cannot be read ({why})" for (_, _, key), why in broken.items()]
     if len(lines) > 20:
         lines[20:] = [f"and {len(lines) - 20} more"]

@@ -175,8 +175,7 @@ def spike_figures(net, run):
         else:
             x, macs = inputs[0], out.numel() * module.weight[0].numel()
         real = calls.total() == 1 or bool((x != x.round()).any())  # frames enter the first, means over space the head
-        operations = 0 if real else macs * x.mean(dtype=torch.float64).item()
-        total.update(macs=macs, operations=operations, energy=MAC * macs if real else AC * operations)  # adds
+        total.update(macs=macs, operations=macs * x.mean(dtype=torch.float64).item(), real=real)  # adds
 
     hooks = [net.register_forward_pre_hook(lambda *_: calls.clear())]
     for name, module in net.named_modules():
@@ -191,12 +190,14 @@ def spike_figures(net, run):
     def rates(counts):  # spikes of each neuron
         return dict(rate=100 * counts.mean().item() / (n * T), silent=100 * (counts == 0).float().mean().item())
 
-    columns, layers = ("macs", "operations", "energy"), []
+    layers = []
     for name, total in sums.items():
-        layers.append(dict(layer=name) | {k: total[k] / n for k in columns})
+        macs, operations = total["macs"] / n, 0.0 if total["real"] else total["operations"] / n
+        energy = MAC * macs if total["real"] else AC * operations
+        layers.append(dict(layer=name, macs=macs, operations=operations, energy=energy))
         if name in spikes:
             layers[-1] |= rates(spikes[name])
-    f = {k: sum(layer[k] for layer in layers) for k in columns}
+    f = {k: sum(layer[k] for layer in layers) for k in ("macs", "operations", "energy")}
     if spikes:  # a network without any has no rate
         f |= rates(torch.cat([counts.flatten() for counts in spikes.values()]))
     return result, f | dict(layers=layers, energy_without_spikes=MAC * f["macs"]), rasters
@@ -388,7 +389,8 @@ def draw_spikes(f, rasters, page):
     """Sixteen neurons of each layer over time, rasters {layer: spikes [T, 16]}; what every layer does."""
     T, layers = f["args"]["n_frames"], f["layers"]
     y, names = range(len(layers)), [layer["layer"] for layer in layers]
-    spikes = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)  # [T, 16 for each layer]
+    rows = [rasters.get(name, torch.zeros(T, 0)) for name in names]
+    spikes = torch.cat([F.pad(row, (0, 16 - row.shape[1])) for row in rows], 1)  # [T, 16 for each layer]
     t, k = spikes.nonzero().T.numpy()
     [[raster, *bars]] = page("spikes", 9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
     raster.hlines((k + 0.5) / 16 - 0.5, t + 0.6, t + 1.4, color="black", lw=1.5)
@@ -422,7 +424,7 @@ def draw_accuracy(f, page):
 def draw_map(features, test, page):
     """A map of the features [N, D]: their first two principal components, coloured by class."""
     z = features - features.mean(0)
-    _, s, directions = torch.linalg.svd(z, full_matrices=False)
+    _, s, directions = torch.linalg.svd(F.pad(z, (0, 0, 0, 1)), full_matrices=False)  # a row of zeros: N may be 1
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
     width = max(9, len(test.classes) / 7)
     [[ax]] = page("map", width, 0.75 * width)
@@ -483,7 +485,8 @@ def load_checkpoint(path):
         sizes = [args["image_size"], args["n_frames"], args["batch_size"]]
         numbers = [args[k] for k in ("seed", "skip_broken", *PRETRAINING) if k != "views"] + list(views.values())
         sensor = args.get("sensor") or [1, 1]  # earlier checkpoints do not say
-        sound = (kind in ("pretrained", "finetuned") and classes and all(type(s) is str for s in texts)
+        sound = (kind in ("pretrained", "finetuned") and type(classes) is list and len(set(classes)) == len(classes) > 0
+                 and all(type(s) is str for s in texts)
                  and all(type(n) is int and 0 < n <= 10**6 for n in sizes) and max(sizes[:2]) <= 1024
                  and all(type(n) in (int, float, bool) and 0 <= n <= 10**9 for n in numbers)
                  and [type(n) for n in sensor] == [int, int])
@@ -534,10 +537,13 @@ def main(argv=None):
             print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
             args.pictures = None
         ckpts = [load_checkpoint(path) for path in args.ckpt]  # all of them, to complain before the work
-        if args.pictures:
-            Path(args.pictures).mkdir(parents=True, exist_ok=True)
-        if args.json:
-            open(args.json, "a").close()
+        try:
+            if args.pictures:
+                Path(args.pictures).mkdir(parents=True, exist_ok=True)
+            if args.json:
+                open(args.json, "a").close()
+        except OSError as e:
+            raise data.UserError(f"{e.filename}: cannot be written ({e.strerror}): choose another place")
         work = tqdm([*zip(args.ckpt, ckpts)], disable=None)  # on a terminal alone
         runs = [examine(path, ckpt, args) for path, ckpt in work]
         if len(runs) == 1:

@@ -83,8 +83,10 @@ class MoCo(nn.Module):
             k = gather(k)
         k = k[-len(self.queue) :]  # [min(B, K), T, dim]
         slots = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
-        # Not in place: under autocast, compiled, the loss's backward still needs the queue as it was.
-        self.queue = self.queue.index_copy(0, slots, k)
+        if torch.compiler.is_compiling():  # a copy: under autocast the loss's backward still needs the queue as it was
+            self.queue = self.queue.index_copy(0, slots, k)
+        else:
+            self.queue.index_copy_(0, slots, k)
         self.position.copy_((self.position + len(k)) % len(self.queue))
 
 

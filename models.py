@@ -40,10 +40,12 @@ class ConvLIF(nn.Module):
         self.lif = LIF()
 
     def forward(self, x):
-        # LeanConvLIF knows no autocast, and no other module in place of these; a compiler picks what to keep.
+        # LeanConvLIF knows no autocast, and of these modules no others and no setting that is not used here; a compiler
+        # picks itself what to keep.
         plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         parts = list(self.children())
         own = {type(part) for part in parts} <= {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Identity, LIF}
+        own &= self.conv.bias is None and self.conv.padding_mode == "zeros"
         if own and all(part.training for part in parts) and not plain:
             return LeanConvLIF.apply(x, self.conv.weight, self.bn.weight, self.bn.bias, self)
         current = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B, C', H', W']
@@ -70,7 +72,7 @@ class LeanConvLIF(torch.autograd.Function):
         mean, var = torch.batch_norm_update_stats(c, bn.running_mean, bn.running_var, bn.momentum)  # updates running_*
         bn.num_batches_tracked += 1
         kept = x if block.first else x.byte()
-        if (kept[-1] != x[-1]).any():  # one frame of many: a look at all would take a twentieth of a step
+        if not block.first and (kept[-1] != x[-1]).any():  # a look at all frames takes a twentieth of a step
             raise ValueError("ConvLIF takes whole numbers from 0 to 255, or any with first=True")
         ctx.save_for_backward(kept, kernel, weight, bias, c, mean, var)
         return per_neuron(spikes_of, block.lif.constants, LeanConvLIF.current(ctx, c, weight, bias, mean, var)[0])

@@ -258,7 +258,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     sizes = batch_sizes(split, args)
     steps = len(sizes)
     if epochs * steps < 50:
-        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's running statistics: tests may fail")
+        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's statistics: tests may be at chance")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
