@@ -1887,7 +1887,7 @@ def test_data_truncated_aedat4_is_noticed_at_every_length(tmp_path):
         (tmp_path / "b.aedat4").write_bytes(raw[:n])
         with pytest.raises(Exception):
             data.read_aedat4(tmp_path / "b.aedat4")
-    header = raw.replace(b">128<", b">  8<")  # width and height, in XML
+    header = raw.replace(b">128<", b">008<")  # width and height, in XML
     (tmp_path / "c.aedat4").write_bytes(header)
     with pytest.raises(ValueError, match="outside the sensor of 8 x 8"):
         data.read_aedat4(tmp_path / "c.aedat4")
