@@ -72,7 +72,7 @@ class LeanConvLIF(torch.autograd.Function):
         mean, var = torch.batch_norm_update_stats(c, bn.running_mean, bn.running_var, bn.momentum)  # updates running_*
         bn.num_batches_tracked += 1
         kept = x if block.first else x.byte()
-        if not block.first and (kept[-1] != x[-1]).any():  # a look at all frames takes a twentieth of a step
+        if not block.first and (kept[-1, :, ::8] != x[-1, :, ::8]).any():  # a look at all takes a twentieth of a step
             raise ValueError("ConvLIF takes whole numbers from 0 to 255, or any with first=True")
         ctx.save_for_backward(kept, kernel, weight, bias, c, mean, var)
         return per_neuron(spikes_of, block.lif.constants, LeanConvLIF.current(ctx, c, weight, bias, mean, var)[0])
