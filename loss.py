@@ -10,7 +10,7 @@ Where nothing can be told apart it is log(K + 1), the level of chance. Embedding
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
     MixInfoNCE = alpha * MBC + beta * MAC
 
-MAC compares step t with step t of the key and of the queue: so the paper, as far as its text was available. Related
+MAC compares step t with step t of the key and of the queue, as the paper does as far as its text could be read. Related
 code of the authors' circle (amazing-cls, TETMoCo) compares each step with the negatives of all T steps instead. Step by
 step, MBC and MAC both have K negatives and so the same level of chance. At T = 1 both are plain InfoNCE.
 Tested by `python -m pytest test_all.py -k loss`.

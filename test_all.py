@@ -1454,7 +1454,7 @@ def test_train_variants(shapes, tmp_path, capsys):
     assert not (tmp_path / "scratch" / "pretrained.pt").exists()
     capsys.readouterr()
     run_tiny(shapes, tmp_path / "init", "--init", str(tmp_path / "a" / "pretrained.pt"), "--temperature", "3")
-    assert "warning: --temperature have no effect" in capsys.readouterr().out
+    assert "warning: without effect: --temperature;" in capsys.readouterr().out
     was, args = (torch.load(tmp_path / name / "finetuned.pt", weights_only=True)["args"] for name in ("a", "init"))
     assert args == was | {k: args[k] for k in ("init", "out")} and args["init"]  # how it was made, not what flags say
     a, b = weights(tmp_path / "a" / "finetuned.pt"), weights(tmp_path / "init" / "finetuned.pt")

@@ -258,7 +258,8 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     sizes = batch_sizes(split, args)
     steps = len(sizes)
     if epochs * steps < 50:
-        print(f"warning: {phase}: {epochs * steps} steps are few for batch norm's statistics: tests may be at chance")
+        print(f"warning: {phase}: {epochs * steps} steps are few: batch norm's statistics settle after 50 or so, before "
+              "kNN and test accuracy may be at chance")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
@@ -469,7 +470,7 @@ def train_and_test(args):
     if init:
         data.compare_sensors(init["args"], args.dataset, train)
     if init and idle:
-        print(f"warning: {', '.join(idle)} have no effect: the encoder of --init was pre-trained with the values above")
+        print(f"warning: without effect: {', '.join(idle)}; the encoder of --init was pre-trained as printed above")
     print(f"{run.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
     if neuron.COMPILE_AFTER:
         print("the first steps compile the LIF layers: half a minute once, then seconds a run (--no-compile: never)")
