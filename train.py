@@ -259,7 +259,7 @@ def fit(run, phase, model, step, split, epochs, lr, watch):
     steps = len(sizes)
     if epochs * steps < 50:
         print(f"warning: {phase}: {epochs * steps} steps are few: batch norm's statistics settle after 50, before "
-              "kNN and test accuracy may be at chance")
+              "kNN and the final test may be at chance")
     optimizer, schedule = optimizer_of(model, lr, args.weight_decay, epochs * steps)
     if run.state and run.state["phase"] == phase:
         start = run.state["epoch"]
