@@ -166,8 +166,9 @@ def spike_figures(net, run):
         total = sums[name]  # made here, so that layers come in order
         if spiking:
             spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)  # of every neuron
-            some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16]
-            rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, some])
+            if name not in rasters:  # of the first batch alone
+                some = torch.randperm(out[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:16]
+                rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
             return
         if isinstance(module, models.ConvLIF):  # makes q, k and v [T, B, C, H, W] of an attention
             x = torch.stack(out.chunk(3, 2)[:2])  # q and k: the two products take 16 MACs for each of their values
