@@ -1,19 +1,19 @@
-"""MixInfoNCE: the contrastive loss of NeuroMoCo (arXiv 2406.06305), InfoNCE for embeddings that unfold in time.
+"""MixInfoNCE, the contrastive loss of NeuroMoCo (arXiv 2406.06305): InfoNCE over time steps.
 
-InfoNCE of one query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018; He 2020):
+InfoNCE of a query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018):
 
-    InfoNCE = -log( exp(q.k+ / temperature) / (exp(q.k+ / temperature) + sum_i exp(q.n_i / temperature)) )
+    InfoNCE = -log( exp(q.k+ / temperature) / sum_j exp(q.z_j / temperature) ),  z = k+, n_1 .. n_K
 
-Where nothing can be told apart it is log(K + 1), the level of chance. Embeddings come raw; InfoNCE normalises them:
+which is the cross-entropy of the logits [q.k+, q.n_1, ..., q.n_K] / temperature against class 0.
+Embeddings have T time steps; there are two ways to get one loss from them, and the mix of both:
 
-    MBC  mean before criterion: average the raw embeddings over time, then one InfoNCE
+    MBC  mean before criterion: average the embeddings over time, then one InfoNCE
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
     MixInfoNCE = alpha * MBC + beta * MAC
 
-MAC compares step t with step t of the key and of the queue, as the paper does as far as its text could be read. Related
-code of the authors' circle (amazing-cls, TETMoCo) compares each step with the negatives of all T steps instead. Step by
-step, MBC and MAC both have K negatives and so the same level of chance. At T = 1 both are plain InfoNCE.
-Tested by `python -m pytest test_all.py -k loss`.
+MAC contrasts step t with step t of the key and of the queue; this is our reading of the paper.
+Related code (amazing-cls, TETMoCo) takes the negatives of all T steps. With T = 1 both are InfoNCE.
+Tests: python -m pytest test_all.py -k loss
 """
 import math
 
@@ -21,33 +21,34 @@ import torch
 import torch.nn.functional as F
 
 
-def contrast(q, k, queue, temperature):
-    """Logits of InfoNCE, the positive first: raw q, k [..., B, D] and queue [..., K, D] -> [..., B, 1 + K]."""
-    with torch.autocast(q.device.type, enabled=False):  # products in half precision / temperature are too coarse
+def mix_info_nce(q, k, queue, temperature, alpha, beta):
+    """Compute MixInfoNCE -> (loss, a scalar; the MBC logits [B, 1 + K], the positive first).
+
+    q, k: [T, B, D] raw embeddings of two views; queue: [K, T, D] raw embeddings of earlier keys;
+    temperature > 0. alpha, beta: weights of MBC and MAC. The paper sets them equal; we choose 0.5
+    each, which keeps the scale of either loss.
+    """
+    q, k = q.float(), k.float()  # before the mean, for which bf16 is too coarse
+    mbc_logits = info_nce_logits(q.mean(0), k.mean(0), queue.mean(1), temperature)  # [B, 1 + K]
+    mac_logits = info_nce_logits(q, k, queue.transpose(0, 1), temperature)  # [T, B, 1 + K]
+    return alpha * info_nce(mbc_logits) + beta * info_nce(mac_logits), mbc_logits
+
+
+def info_nce_logits(q, k, queue, temperature):
+    """Compute cosines / temperature: q, k [..., B, D] and queue [..., K, D] -> [..., B, 1 + K]."""
+    with torch.autocast(q.device.type, enabled=False):  # half precision is too coarse for logits
         q, k, queue = (F.normalize(z.float(), dim=-1) for z in (q, k, queue))
         positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
         negative = q @ queue.transpose(-1, -2)  # [..., B, K]
         return torch.cat([positive, negative], -1) / temperature
 
 
-def info_nce(q, k, queue, temperature):
-    """Mean InfoNCE over all rows, a scalar: cross-entropy of the logits against class 0. Shapes as in contrast."""
-    logits = contrast(q, k, queue, temperature)
-    return (logits.logsumexp(-1) - logits[..., 0]).mean()
+def info_nce(logits):
+    """Average InfoNCE over all rows of logits [..., 1 + K], the positive first -> a scalar."""
+    logits = logits.flatten(0, -2)  # [rows, 1 + K]
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
-def mix_info_nce(q, k, queue, temperature, alpha, beta):
-    """MixInfoNCE, a scalar.
-
-    q, k: [T, B, D] raw embeddings of two views; queue: [K, T, D] raw embeddings of earlier keys; temperature > 0.
-    alpha, beta: weights of MBC and MAC. The paper sets them equal; 0.5 each (chosen) keeps the scale of either alone.
-    """
-    q, k = q.float(), k.float()  # before the mean: bf16 is too coarse for it
-    mbc = info_nce(q.mean(0), k.mean(0), queue.mean(1), temperature)
-    mac = info_nce(q, k, queue.transpose(0, 1), temperature)
-    return alpha * mbc + beta * mac
-
-
-def chance(queue_size, alpha, beta):
-    """MixInfoNCE where a query is as near to each of K = queue_size negatives as to its own key."""
+def chance_level(queue_size, alpha, beta):
+    """Compute the loss of an uninformative encoder: log(K + 1) for each of MBC and MAC."""
     return (alpha + beta) * math.log(queue_size + 1)
