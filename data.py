@@ -1,7 +1,7 @@
 """Recordings of an event camera -> frames -> batches -> random views.
 
-    events (x, y, t, p)  --to_frames-->  uint8 [T, 2, size, size]
-    a data set           --load-->       train, test: .frames uint8 [N, T, 2, size, size], cached
+    events (x, y, t, p)  --to_frames-->  frames [T, 2, size, size]: counts, uint8 or int16
+    a data set           --load-->       train, test: .frames [N, T, 2, size, size], cached
     a split              --batches-->    x float [T, B, 2, size, size], y int64 [B]
     x                    --augment-->    a random view of every recording
 
@@ -17,7 +17,7 @@ import math
 import os
 import re
 import signal
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ MILD_AUG = dict(num_ops=1, magnitude=2, flip=True, min_scale=1.0)  # [N]
 DEFAULTS = dict(
     n_frames=16,  # [S]
     image_size=128,  # [S]
+    frames_by="count",  # of events, or "time"
     labels_per_class=0,  # all
     arch="spikformer-2-256",  # [S]
     pretrain_epochs=200,  # [A]
@@ -50,167 +51,265 @@ DEFAULTS = dict(
     weight_decay=0.06,  # [S]
     batch_size=16,  # [S]
 )
+# what --init takes over from the run that pre-trained the encoder, beside its weights
 PRETRAINING = [key for key in DEFAULTS if key.startswith("pretrain")] + [
-    "queue_size", "momentum", "temperature", "alpha", "beta", "pretrained_on"]
+    "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_on", "pretrain_size"]
+# Mild views [E] without a flip, because left and right may differ: in gestures, digits, a folder.
 NO_FLIP = dict(pretrain_aug=MILD_AUG | dict(flip=False), finetune_aug=MILD_AUG | dict(flip=False))
 DATASETS = {
     "toy": DEFAULTS | dict(
         n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=40,
         queue_size=128, momentum=0.99, temperature=0.4, epochs=100, batch_size=32),
     "cifar10dvs": DEFAULTS,
-    # Left and right are classes, so no flip; mild views throughout [E].
     "dvsgesture": DEFAULTS | NO_FLIP | dict(queue_size=512),
     "ncaltech101": DEFAULTS | dict(arch="sew-resnet-18"),  # the paper's best backbone there
     "nmnist": DEFAULTS | NO_FLIP | dict(
         n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
 }
-# Chosen on training recordings of N-MNIST that were held back; image_size None: the sensor's.
+# Chosen on N-MNIST's training recordings, a part of them held back. image_size None: the sensor's.
 FOLDER_DEFAULTS = DEFAULTS | NO_FLIP | dict(
     n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512,
     epochs=100, lr=4e-3, batch_size=32)
 
-# frames uint8 [N, T, 2, size, size], labels int64 [N], classes: names, sensor: [width, height]
-Split = namedtuple("Split", "frames labels classes sensor", defaults=[None])
+# frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
+# names: "<class>/<file>" of each recording
+Split = namedtuple("Split", "frames labels classes sensor names", defaults=[None, None])
 
 
-def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None):
-    """Load a data set -> (train, test), each a Split.
+class UserError(Exception):
+    """A mistake that the user can correct; its text says what is wrong, where, and what to do."""
 
-    name: a key of DATASETS, downloaded into root if missing, or a folder of .bin, .aedat4 and .npy
-    recordings, FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>. Without an
-    official split the last tenth of every class, in numerical order of names, is for the test (as
-    in SpikingJelly). n_frames and size (pixels) default to the data set's row; a folder's size to
-    its sensor's, 128 at most, and its sensor (W, H) to the largest coordinates. skip_broken leaves
-    out recordings that cannot be read. Frames are made once, by all cores, and cached in
-    root/frames; a change of recordings, readers or to_frames makes them anew. Raises UserError.
-    Scripts call this under `if __name__ == "__main__":`, because worker processes import them.
+
+def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None,
+         frames_by="count", columns=None, test_only=False):
+    """Load a data set -> (train, test), each a Split. Raises UserError.
+
+    name: a key of DATASETS, downloaded into root if missing, or a folder: see list_folder. n_frames
+    and size (pixels) default to the data set's row; a folder's size to its sensor's, 128 at most,
+    and its sensor (W, H) to infer_sensor_size. frames_by: see to_frames; columns: the order of
+    plain [N, 4] arrays, as "xytp". test_only leaves out a folder's Train, or tests all recordings
+    of one without Train and Test. Frames are made once, by all cores, and cached in root/frames, by
+    cache_key. Scripts call this under `if __name__ == "__main__":`: worker processes import them.
     """
     config, root = default_config(name), Path(root).expanduser()
+    # recordings: [("train" or "test", class, key)], where read(key) -> events
     if name == "toy":
         recordings, classes, read, known_sensor = list_toy()
     elif name in TONIC_DATASETS:
         recordings, classes, read, known_sensor = list_tonic(name, root)
     else:
-        recordings, classes, read, known_sensor = list_folder(Path(name).expanduser())
+        recordings, classes, read, known_sensor = list_folder(name, columns, test_only)
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural_key(r[2])))
 
-    settings = dict(n_frames=n_frames or config["n_frames"], size=size or config["image_size"],
-                    sensor=known_sensor or sensor)
-    path = root / "frames" / f"{Path(name).name}-{cache_key(recordings, read, settings)}.npy"
+    prefix = root / "frames" / Path(name).name
+    settings = dict(sensor=known_sensor or sensor or infer_sensor_size(
+        prefix, recordings, read, columns))
+    settings |= dict(
+        n_frames=n_frames or config["n_frames"], frames_by=frames_by,
+        size=size or config["image_size"] or min(128, max(8, *settings["sensor"])))
+    path = Path(f"{prefix}-{cache_key(recordings, read, columns, **settings)}.npy")
     if not path.with_suffix(".json").exists():
-        make_frames(path, recordings, read, skip_broken, **settings)
+        make_frames(path, recordings, read, **settings)
     about = json.loads(path.with_suffix(".json").read_text())
-    labels = np.array([classes.index(cls) for _, cls, _ in about["recordings"]])
-    frames = np.load(path, mmap_mode="c")  # "c", because torch wants memory it could write to
-    train = sum(split == "train" for split, _, _ in about["recordings"])
-    return tuple(Split(frames[part], labels[part], classes, about["sensor"])
-                 for part in (slice(0, train), slice(train, len(labels))))
+    report_broken(about["broken"], len(recordings), skip_broken)
+    recordings = about["recordings"]  # without the broken ones
+    frames = np.load(path, mmap_mode="c")  # "c", because torch wants memory that it could write to
+    labels = np.array([classes.index(cls) for _, cls, _ in recordings])
+    names = [f"{cls}/{Path(key).name}" for _, cls, key in recordings]
+    both = Split(frames[: len(names)], labels, classes, about["sensor"], names)
+    n = sum(split == "train" for split, _, _ in recordings)
+    if n == len(names) or n == 0 and not test_only:
+        raise UserError(f"{name}: no recordings to {'train' if n == 0 else 'test'} on")
+    return select(both, slice(None, n)), select(both, slice(n, None))
+
+
+def select(split, index):
+    """Keep the recordings of a split at index, a slice or a list of numbers."""
+    names = split.names and np.array(split.names, object)[index].tolist()  # of your own Split: None
+    return split._replace(frames=split.frames[index], labels=split.labels[index], names=names)
+
+
+def fingerprint(split):
+    """Hash the names of a split's recordings, to tell later whether it is the same split."""
+    names = "\n".join(split.names).encode(errors="surrogateescape")  # they need not be UTF-8
+    return hashlib.sha256(names).hexdigest()[:12]
+
+
+def resolve(name):
+    """Return a data set's name as it is, a folder's as an absolute path: "./toy" is a folder."""
+    return name if name in DATASETS else os.path.abspath(os.path.expanduser(name))
+
+
+def default_config(name):
+    """Return the row of DATASETS, or FOLDER_DEFAULTS for a folder. Raises UserError otherwise."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if Path(name).expanduser().is_dir():
+        return FOLDER_DEFAULTS
+    raise UserError(f"--dataset {name}: neither a folder nor one of {', '.join(DATASETS)}")
 
 
 # ------------------------------------------------------------------------------- events to frames
 
-def to_frames(events, n_frames, sensor_size, size):
-    """Count the events of a recording -> uint8 [n_frames, 2, size, size].
+def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
+    """Count the events of a recording -> [n_frames, 2, size, size], uint8 or, past 255, int16.
 
-    events: structured array with fields x, y (pixels), t (any unit), p (> 0 is on);
-    sensor_size: (W, H) pixels. Every frame takes len(events) // n_frames events in order of time,
-    the last one the remainder too, so none is lost. A pixel of the frame sums the sensor's pixels
-    that fall into it; counts clip at 255. Raises ValueError for events outside the sensor.
+    events: structured array with fields x, y (pixels), t (any unit) and p (the larger of its two
+    values is on; a single one is on above 0); sensor_size: (W, H) pixels. Each frame has equally
+    many events or, if frames_by is "time", lasts equally long; the last one takes the remainder
+    too (as in SpikingJelly). A pixel of the frame sums the sensor's pixels that fall into it.
+    Raises ValueError for events outside the sensor.
     """
     (width, height), n = sensor_size, len(events)
-    t = np.ascontiguousarray(events["t"])  # the fields lie apart: a copy makes the rest fast
+    t = np.ascontiguousarray(events["t"])  # a structured array interleaves its fields: slow to scan
     if (t[1:] < t[:-1]).any():
-        events = events[np.argsort(t, kind="stable")]
+        order = np.argsort(t, kind="stable")
+        events, t = events[order], t[order]
     x, y = events["x"].astype(np.int32), events["y"].astype(np.int32)
     if n and not (0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height):
         raise ValueError(f"events outside the sensor of {width} x {height} pixels: "
                          f"x {x.min()} to {x.max()}, y {y.min()} to {y.max()}")
     if (width, height) != (size, size):
         x, y = x * size // width, y * size // height
-    on = np.ascontiguousarray(events["p"]) > 0
-    pixel = (on * np.int32(size) + y) * size + x  # place in a flattened frame [2, size, size]
-    frames = np.empty((n_frames, 2 * size * size), np.uint8)
-    bounds = [i * (n // n_frames) for i in range(n_frames)] + [n]
-    for i in range(n_frames):
-        counts = np.bincount(pixel[bounds[i] : bounds[i + 1]], minlength=2 * size * size)
-        frames[i] = counts.clip(max=255)
-    return frames.reshape(n_frames, 2, size, size)
+    p = np.ascontiguousarray(events["p"])
+    off = p.min() if n and p.min() < p.max() else 0
+    pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
+    if frames_by == "time" and n:
+        duration = (t[-1] - t[0]) // n_frames
+        starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
+    else:
+        starts = np.arange(n_frames) * (n // n_frames)
+    frames = np.stack([np.bincount(part, minlength=2 * size * size)
+                       for part in np.split(pixel, starts[1:])])  # [n_frames, 2 * size * size]
+    dtype = np.uint8 if frames.max() < 256 else np.int16
+    return frames.clip(max=32767).astype(dtype).reshape(n_frames, 2, size, size)
 
 
-def make_frames(path, recordings, read, skip_broken, n_frames, size, sensor):
-    """Write the frames of all recordings to path and, in a .json beside it, what is in there.
-
-    Complete files get their names at the end: an interrupted run leaves nothing to train on.
-    """
+def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
+    """Write the frames of all recordings to path and, in a .json beside it, what is in there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sensor = sensor or infer_sensor_size(recordings, read, skip_broken)
-    size = size or min(128, max(8, *sensor))
+    measure = functools.partial(frames_and_facts, n_frames=n_frames, sensor_size=sensor, size=size,
+                                frames_by=frames_by)
     part = path.with_suffix(f".{os.getpid()}.part")
+    shape, valid, facts, broken = (len(recordings), n_frames, 2, size, size), [], [], []
     try:
-        shape = len(recordings), n_frames, 2, size, size
-        frames, valid = np.lib.format.open_memmap(part, "w+", np.uint8, shape), []
-        measure = functools.partial(to_frames, n_frames=n_frames, sensor_size=sensor, size=size)
-        for recording, result in over_recordings(measure, recordings, read, skip_broken):
-            frames[len(valid)] = result  # rows behind the last valid recording stay unused
+        frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        for recording, result, error in map_recordings(measure, recordings, read):
+            if error:
+                broken.append(f"{recording[2]}: {error}")
+                continue
+            counts, fact = result
+            if counts.itemsize > frames.itemsize:  # the first count past 255: all become int16
+                part.unlink()
+                narrow, frames = frames, np.lib.format.open_memmap(part, "w+", np.int16, shape)
+                frames[: len(valid)] = narrow[: len(valid)]
+            frames[len(valid)] = counts  # rows behind the last valid recording stay unused
             valid.append(recording)
+            facts.append(fact)
+        warn_of_losses(facts, n_frames, size, sensor)
+        # Only now do the files get their names: an interrupted run leaves nothing to train on.
         os.replace(part, path)
-        part.write_text(json.dumps(dict(sensor=sensor, recordings=valid)))
-        os.replace(part, path.with_suffix(".json"))
+        write_json(path.with_suffix(".json"),
+                   dict(sensor=sensor, recordings=valid, broken=broken))
     finally:
         part.unlink(missing_ok=True)
 
 
-def cache_key(recordings, read, settings):
+def frames_and_facts(events, key, **settings):
+    """Make the frames of a recording -> frames, (events, lost events, lowest, highest polarity)."""
+    frames, n, p = to_frames(events, **settings), len(events), events["p"]
+    return frames, (n, n - int(frames.sum(dtype=int)), int(p.min()), int(p.max()))
+
+
+def warn_of_losses(facts, n_frames, size, sensor):
+    """Print what the frames do not show, and how a polarity other than 0 and 1 is read."""
+    events, lost, lowest, highest = zip(*facts) if facts else ([], [], [], [])
+    if any(lost):
+        print(f"warning: {100 * sum(lost) / sum(events):.2g} % of the events are lost, because a "
+              "pixel counts 32,767 at most")
+    if few := sum(n < n_frames for n in events):
+        print(f"warning: {few} recordings have fewer events than the {n_frames} frames")
+    if size > max(sensor):
+        print(f"warning: frames of {size} pixels are larger than the sensor, {sensor[0]} x "
+              f"{sensor[1]}: {size - sensor[0]} of {size} columns stay empty")
+    for low, high in sorted(set(zip(lowest, highest))):
+        if low < high and (low, high) != (0, 1):
+            print(f"polarity: {low} is read as off, {high} as on")
+
+
+def cache_key(recordings, read, *settings, **more):
     """Hash all that the frames depend on: names, sizes, times, settings and the code."""
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
-    code = [inspect.getsource(f) for f in (to_frames, toy_outlines, read, *READERS.values())]
-    made_from = repr((recordings, [(f.st_size, f.st_mtime_ns) for f in files], settings, code))
-    return hashlib.sha256(made_from.encode(errors="surrogateescape")).hexdigest()[:12]
+    readers = [getattr(read, "func", read), *READERS.values()]  # .func: that of functools.partial
+    code = [inspect.getsource(f) for f in (to_frames, toy_outlines, *readers)]
+    stats = [(f.st_size, f.st_mtime_ns) for f in files]
+    made_from = json.dumps([recordings, stats, settings, more, code], sort_keys=True)
+    return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
 
-def infer_sensor_size(recordings, read, skip_broken):
-    """Take the smallest sensor [W, H] that holds the events of all recordings, and print it."""
-    found = over_recordings(largest_coordinates, recordings, read, skip_broken)
-    width, height = (1 + np.max([corner for _, corner in found], 0)).tolist()
-    print(f"sensor: {width} x {height} pixels, by the largest coordinates; --sensor W H tells more")
-    return [width, height]
+def infer_sensor_size(prefix, recordings, read, columns):
+    """Find, print and cache the smallest sensor [W, H] that holds the events of all recordings."""
+    path = Path(f"{prefix}-{cache_key(recordings, read, columns)}.sensor.json")
+    if not path.exists():
+        measured = list(map_recordings(sensor_of, recordings, read))
+        sizes = [size for _, size, error in measured if not error]
+        if not sizes:
+            report_broken([f"{r[2]}: {error}" for r, _, error in measured], len(recordings), False)
+        width, height = max(w for w, _, _ in sizes), max(h for _, h, _ in sizes)
+        named = Counter((w, h) for w, h, is_named in sizes if is_named)
+        source = "named by the recordings" if named else (
+            "by the largest coordinates; if the camera's is larger, pass --sensor W H")
+        print(f"sensor: {width} x {height} pixels, {source}")
+        if len(named) > 1:
+            print("warning: cameras of different sizes: "
+                  + ", ".join(f"{n} recordings of {w} x {h}" for (w, h), n in named.items()))
+        write_json(path, [width, height])
+    return json.loads(path.read_text())
 
 
-def largest_coordinates(events):
-    return int(events["x"].max()), int(events["y"].max())
+def sensor_of(events, key):
+    """Tell the sensor of a recording -> (W, H, whether the file names it)."""
+    if not key.endswith(".aedat4"):
+        return 1 + int(events["x"].max()), 1 + int(events["y"].max()), False
+    import aedat
+    streams = aedat.Decoder(key).id_to_stream()
+    stream = streams[min(i for i, s in streams.items() if s["type"] == "events")]
+    return stream["width"], stream["height"], True
 
 
-def over_recordings(measure, recordings, read, skip_broken):
-    """Yield (recording, measure(its events)) for all that can be read, computed by all cores.
+def map_recordings(measure, recordings, read):
+    """Yield (recording, measure(its events, key), "") or (recording, None, what is wrong with it).
 
-    Then raise UserError with the broken ones (20 at most), or warn of them if skip_broken.
+    All cores compute; the order is that of the recordings.
     """
-    try_one = functools.partial(try_recording, measure=measure, read=read)
-    # Only the parent process answers Ctrl-C.
+    task = functools.partial(try_recording, measure=measure, read=read)
+    # Workers ignore Ctrl-C, so that only this process answers it.
     pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    broken, total = [], len(recordings)
     try:
-        results = pool.map(try_one, [key for _, _, key in recordings], chunksize=8)
-        bar = tqdm(results, "recordings", total, disable=None)
+        results = pool.map(task, [key for _, _, key in recordings], chunksize=8)
+        bar = tqdm(results, "recordings", len(recordings), disable=None)  # None: in a terminal only
         for recording, (result, error) in zip(recordings, bar):
-            if error:
-                broken.append(f"\n  {recording[2]}: {error}")
-            else:
-                yield recording, result
+            yield recording, result, error
     finally:
         pool.shutdown(cancel_futures=True)
-    if broken:
-        more = [f"\n  and {len(broken) - 20} more"] if len(broken) > 20 else []
-        text = f"{len(broken)} of {total} recordings are broken:" + "".join(broken[:20] + more)
-        if not skip_broken or len(broken) == total:
-            raise UserError(f"{text}\nfetch them again, remove them, or pass --skip-broken")
-        print(f"warning: {text}")
+
+
+def report_broken(broken, total, skip_broken):
+    """Raise UserError with the broken recordings, 20 at most, or warn of them if skip_broken."""
+    if not broken:
+        return
+    remedy = "left out" if skip_broken else "remove them or pass --skip-broken"
+    lines = broken[:20] + ([f"and {len(broken) - 20} more"] if len(broken) > 20 else [])
+    text = "\n  ".join([f"{len(broken)} of {total} recordings are broken: {remedy}:", *lines])
+    if not skip_broken or len(broken) == total:
+        raise UserError(text)
+    print(f"warning: {text}")
 
 
 def try_recording(key, measure, read):
     """Measure the events of one recording -> (result, ""), or (None, what is wrong with it)."""
     try:
-        return measure(validate_events(read(key))), ""
+        return measure(validate_events(read(key)), key), ""
     except BaseException as e:  # decoders in Rust raise PanicException, which is no Exception
         return None, format_error(e)
 
@@ -221,8 +320,9 @@ def validate_events(events):
         raise ValueError(f"expected an array with fields x, y, t, p, found {events.dtype}")
     if len(events) == 0:
         raise ValueError("holds no event")
-    if not np.isin(events["p"], (-1, 0, 1)).all():
-        raise ValueError("a polarity beside -1, 0 and 1")
+    p = events["p"]
+    if ((p != p.min()) & (p != p.max())).any():
+        raise ValueError(f"more than two polarities between {p.min()} and {p.max()}")
     # Drivers deliver events a little out of order, which to_frames sorts. More than a hundredth of
     # the recording means that a clock was reset or that bytes are wrong.
     t = events["t"].astype(np.float64)
@@ -230,6 +330,14 @@ def validate_events(events):
     if back > 0.01 * duration:
         raise ValueError(f"time runs backwards, by {back:g} of {duration:g}")
     return events
+
+
+def write_json(path, content):
+    """Write a JSON file, all of it or nothing."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(content))
+    os.replace(part, path)
 
 
 def format_error(e):
@@ -245,13 +353,12 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
     shuffle draws the order from generator. Of world_size processes with equal generators, each
     gets every world_size-th recording; up to world_size - 1 are left out to keep shares equal.
     """
-    n = len(split.labels)
     frames, labels = torch.as_tensor(split.frames), torch.as_tensor(split.labels)
-    labels = labels.to(frames.device)
+    n, labels = len(labels), labels.to(frames.device)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     order = order[: n - n % world_size][rank::world_size].to(frames.device)
     for index in split_into_batches(order, batch_size // world_size):
-        x, y = frames.index_select(0, index), labels[index]  # [B, T, 2, H, W] in bytes, [B]
+        x, y = frames.index_select(0, index), labels[index]  # integers [B, T, 2, H, W], [B]
         if torch.device(device).type == "cuda" and not x.is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # copied while the GPU is at work
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -260,10 +367,7 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
 
 
 def split_into_batches(order, batch_size):
-    """Cut a tensor into batches of at most batch_size, as equal as possible.
-
-    A small last batch would upset batch norm.
-    """
+    """Cut a tensor into batches of at most batch_size, equal enough for batch norm."""
     return order.tensor_split(math.ceil(len(order) / batch_size))
 
 
@@ -290,11 +394,20 @@ def augment(x, num_ops=3, magnitude=2, flip=True, min_scale=0.5):
     T, B, C, H, W = x.shape
     draw = draw_view(B, num_ops, magnitude, flip, min_scale, W, x.device)
     v, u = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
-    u, v = (u - draw["roll"][0]) % W, (v - draw["roll"][1]) % H  # [B, H, W], column and row
-    u, v = u - (W - 1) / 2, v - (H - 1) / 2  # from the centre
-    visible = ~cutout_mask(u, v, draw, H, W)
-    u, v = inverse_map(u, v, draw, H, W)
-    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()  # from the corner
+    # roll: u, v are the column and the row
+    u, v = (u - draw["roll"][0]) % W, (v - draw["roll"][1]) % H  # [B, H, W]
+    u, v = u - (W - 1) / 2, v - (H - 1) / 2  # from here on, counted from the image's centre
+    # cutout
+    hole_u, hole_v = draw["cutout_centre"][0] * W / 2, draw["cutout_centre"][1] * H / 2
+    visible = torch.maximum((u - hole_u).abs(), (v - hole_v).abs()) >= draw["cutout_half"]
+    # rotate + crop
+    cos, sin = draw["angle"].cos() * draw["side"], draw["angle"].sin() * draw["side"]
+    crop = draw["crop_centre"] * (1 - draw["side"])
+    u, v = cos * u - sin * v + crop[0] * W / 2, sin * u + cos * v + crop[1] * H / 2
+    # shear, flip
+    u = draw["mirror"] * (u + draw["shear"] * v)
+    # the nearest input pixel; 0 outside the image and in the hole
+    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()
     visible &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
     index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
     index = index[None, :, None].expand(T, B, C, -1)  # [T, B, 2, H*W]
@@ -310,43 +423,26 @@ def draw_view(B, num_ops, magnitude, flip, min_scale, W, device):
     roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # each [B, 1, 1], 0 or 1
     pixel = W / 128
     return dict(
-        roll=(uniform(2, B, 1, 1) * roll * (1 + 2 * magnitude) * pixel).round(),
-        cutout_centre=uniform(2, B, 1, 1),  # in half images
-        cutout_half=cutout * 4 * magnitude * pixel,
-        side=(1 - torch.rand(B, 1, 1, device=device) * (1 - min_scale)).sqrt(),  # of the crop
+        roll=(uniform(2, B, 1, 1) * roll * (1 + 2 * magnitude) * pixel).round(),  # pixels
+        cutout_centre=uniform(2, B, 1, 1),  # -1 and 1: on the image's borders
+        cutout_half=cutout * 4 * magnitude * pixel,  # half the hole's side in pixels
+        side=(1 - torch.rand(B, 1, 1, device=device) * (1 - min_scale)).sqrt(),  # crop's by image's
         angle=uniform(B, 1, 1) * rotate * math.radians(15 * magnitude),
         shear=uniform(B, 1, 1) * shear * 0.15 * magnitude,
         mirror=torch.where(torch.rand(B, 1, 1, device=device) < 0.5 * flip, -1.0, 1.0),
-        crop_centre=uniform(2, B, 1, 1),  # in half the image's sides that the crop leaves over
+        crop_centre=uniform(2, B, 1, 1),  # -1 and 1: the crop touches the image's borders
     )
-
-
-def cutout_mask(u, v, draw, H, W):
-    """Tell which pixels (u, v), counted from the centre, lie in the hole: bool [B, H, W]."""
-    centre = draw["cutout_centre"]
-    distance = torch.maximum((u - centre[0] * W / 2).abs(), (v - centre[1] * H / 2).abs())
-    return distance < draw["cutout_half"]
-
-
-def inverse_map(u, v, draw, H, W):
-    """Undo rotation with crop, shear and flip at (u, v), counted from the centre: [B, H, W]."""
-    cos, sin = draw["angle"].cos() * draw["side"], draw["angle"].sin() * draw["side"]
-    away = draw["crop_centre"] * (1 - draw["side"])
-    u, v = cos * u - sin * v + away[0] * W / 2, sin * u + cos * v + away[1] * H / 2
-    return draw["mirror"] * (u + draw["shear"] * v), v
 
 
 # ---------------------------------------------------------- where recordings come from: toy data
 #
-# Every source lists its recordings -> ([("train" | "test", class, key)], names of the classes,
-# read(key) -> events, the sensor (W, H) or None if the recordings have to tell).
-
 # One of ten shapes turns and circles before the camera, as in N-MNIST's saccades. Many unlabelled
-# recordings in random poses and few labels are the setting in which pre-training earns its keep.
+# recordings in random poses and few labels are the setting in which pre-training helps.
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 
 def list_toy():
+    """List the toy data -> (recordings, classes, read, sensor), as load describes them."""
     classes = list(toy_outlines())
     recordings = [("train" if i < TOY_TRAIN else "test", classes[i % 10], f"toy:{TOY_SEED}:{i}")
                   for i in range(TOY_TRAIN + TOY_TEST)]
@@ -377,9 +473,8 @@ def simulate_toy(key, steps=32, threshold=0.25):
     """Simulate one recording -> events, a structured array (x, y in pixels, t in us, p).
 
     A pixel fires when the logarithm of its brightness has changed by threshold since its last
-    event. Size, place, pose and turning are drawn for each recording, independent of the class:
-    all that varies within a class, the views of pre-training vary too.
-    key: "toy:<seed>:<number>", of class number % 10; steps: of 1 ms.
+    event. Size, place, pose and turning do not depend on the class; the views of pre-training vary
+    all of them. key: "toy:<seed>:<number>", of class number % 10; steps: of 1 ms.
     """
     _, seed, i = key.split(":")
     rng = np.random.default_rng([int(seed), int(i)])
@@ -408,31 +503,56 @@ def simulate_toy(key, steps=32, threshold=0.25):
 
 # ---------------------------------------------------------- where recordings come from: a folder
 
-def list_folder(folder):
-    """List FOLDER/<class>/<recording> or FOLDER/Train|Test/<class>/<recording>."""
-    ignored = Counter()
+def list_folder(folder, columns, test_only):
+    """List the recordings of a folder -> (recordings, classes, read, None); name what is left out.
 
-    def inside(path):
-        files = list(path.glob("*/*"))
-        ignored.update(f.suffix or f.name for f in files if f.suffix not in READERS)
-        return [(f.parent.name, str(f)) for f in files if f.suffix in READERS]
+        FOLDER/Train|Test/<class>/<recording>
+        FOLDER/<class>/<recording>             split by split_by_class
+        FOLDER/<recording>                     one class: without labels, to pre-train only
 
-    parts = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-    if {"train", "test"} <= set(parts):
-        recordings = [(split, *r) for split in ("train", "test") for r in inside(parts[split])]
+    Raises UserError if there is no recording, OSError for a folder that cannot be read.
+    """
+    def refuse(error):  # os.walk would pass over a folder that cannot be read
+        raise error
+
+    folder = Path(folder).expanduser()
+    paths = [Path(path, name).relative_to(folder)
+             for path, _, names in os.walk(folder, onerror=refuse) for name in names]
+    shown = [f for f in paths if f.suffix in READERS and not any(p[0] == "." for p in f.parts)]
+    used = [f for f in shown if len(f.parts) == 3 and f.parts[0].lower() in ("train", "test")]
+    if used:
+        recordings = [(f.parts[0].lower(), f.parts[1], str(folder / f)) for f in used]
+        recordings = [r for r in recordings if r[0] == "test" or not test_only]
     else:
-        recordings = split_by_class(inside(folder))
-    train, test = ({cls for part, cls, _ in recordings if part == split}
-                   for split in ("train", "test"))
-    if not (train and test):
-        raise UserError(f"{folder}: no recordings to {'test' if train else 'train'} on: expected "
-                        "<class>/<recording> or Train|Test/<class>/<recording>, at least two in a "
-                        f"class, each {' or '.join(READERS)}")
-    if ignored:
-        print(f"{folder}: passed over " + ", ".join(f"{n} {kind}" for kind, n in ignored.items()))
-    if unpaired := sorted(train ^ test, key=natural_key):
+        used = [f for f in shown if len(f.parts) == 2] or [f for f in shown if len(f.parts) == 1]
+        unsplit = [(f.parent.name or folder.resolve().name, str(folder / f)) for f in used]
+        recordings = [("test", *r) for r in unsplit] if test_only else split_by_class(unsplit)
+
+    if not recordings:
+        raise UserError(f"{folder}: no recordings: expected <class>/<recording> or "
+                        f"Train|Test/<class>/<recording>, each {', '.join(READERS)}")
+    train, test = ({cls for split, cls, _ in recordings if split == wanted}
+                   for wanted in ("train", "test"))
+    if kinds := Counter(kind_of_unused(f) for f in set(paths) - set(used)):
+        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        print(f"{folder}: left out: {listed}")
+    stems = Counter(os.path.splitext(key)[0] for _, _, key in recordings)
+    if twins := [stem for stem, n in stems.items() if n > 1]:
+        print(f"warning: {len(twins)} recordings occur under two endings, as {twins[0]}.*")
+    unpaired = sorted(train ^ test, key=natural_key)
+    if unpaired and not test_only:
         print(f"warning: {folder}: not both to train and to test on: class {', '.join(unpaired)}")
-    return recordings, sorted(train | test, key=natural_key), read_file, None
+    classes = sorted(train | test, key=natural_key)
+    return recordings, classes, functools.partial(read_file, columns=columns), None
+
+
+def kind_of_unused(f):
+    """Name the kind of a file that is neither trained nor tested on; f: its path in the folder."""
+    if hidden := [part for part in f.parts if part[0] == "."]:
+        return f"hidden: {hidden[0]}"
+    if f.suffix not in READERS:
+        return f.suffix or f.name
+    return f"in {f.parent}/" if len(f.parts) > 1 else "beside the folders"
 
 
 def natural_key(name):
@@ -444,40 +564,63 @@ def natural_key(name):
 def split_by_class(recordings):
     """Split [(class, key)] -> [(split, class, key)] by nothing but the names.
 
-    Of n recordings of a class, in natural order, the last n // 10 (at least 1 of 2) are for test.
+    The last tenth of each class in natural order, or one of two, is for the test (SpikingJelly's).
     """
-    total, count, split = Counter(cls for cls, _ in recordings), Counter(), []
-    for cls, key in sorted(recordings, key=lambda r: natural_key(r[1])):
-        n = total[cls]
-        split.append(("train" if count[cls] < n - max(n // 10, n > 1) else "test", cls, key))
-        count[cls] += 1
+    keys_of, split = defaultdict(list), []
+    for cls, key in recordings:
+        keys_of[cls].append(key)
+    for cls, keys in keys_of.items():
+        n_train = len(keys) - max(len(keys) // 10, len(keys) > 1)
+        keys.sort(key=natural_key)
+        split += [("train" if i < n_train else "test", cls, key) for i, key in enumerate(keys)]
     return split
 
 
-def read_file(path):
-    return READERS[os.path.splitext(path)[1]](path)
+def read_file(path, columns=None):
+    """Read a recording by the reader of its ending -> structured array with fields x, y, t, p."""
+    ending = os.path.splitext(path)[1]
+    if ending not in READERS:
+        raise ValueError(f"no reader for {ending!r}, only for {', '.join(READERS)}")
+    events = READERS[ending](path)
+    if events.dtype.names:
+        events.dtype.names = [FIELDS.get(name, name) for name in events.dtype.names]
+    elif events.shape[1:] == (4,):
+        if columns is None:
+            raise ValueError("a plain [N, 4] array: pass its order, as --columns xytp")
+        events = np.rec.fromarrays(events.T, names=list(columns))
+    return events
 
 
 def read_atis(path):
     """Read the ATIS format of N-MNIST and N-Caltech101: 5 bytes an event, time in us."""
     import tonic  # here and below, because it takes two seconds
+    if os.path.getsize(path) % 5:
+        raise ValueError(f"truncated: {os.path.getsize(path)} bytes are not a multiple of 5")
     return tonic.io.read_mnist_file(path, np.dtype([(field, int) for field in "xytp"]))
 
 
 def read_aedat4(path):
     """Read the first stream of events of an AEDAT4 file."""
     import tonic
+    with open(path, "rb") as f:
+        version = f.read(12)
+    if version != b"#!AER-DAT4.0":
+        raise ValueError(f"no AEDAT4 file: it begins with {version}")
     events = tonic.io.read_aedat4(path)
     events.dtype.names = "t", "x", "y", "p"
     return events
 
 
-def read_npy(path):
-    """Read a structured array with fields x, y, t, p; np.load refuses pickled objects."""
-    return np.load(path)
+def read_npz(path):
+    """Read arrays x, y, t and p, as SpikingJelly saves them; others are passed over."""
+    with np.load(path) as file:
+        arrays = {FIELDS.get(name, name): file[name] for name in file}
+    return np.rec.fromarrays([arrays[field] for field in "xytp"], names="x,y,t,p")
 
 
-READERS = {".bin": read_atis, ".aedat4": read_aedat4, ".npy": read_npy}
+FIELDS = dict(ts="t", timestamp="t", timestamps="t", polarity="p", polarities="p")  # other names
+READERS = {".bin": read_atis, ".aedat4": read_aedat4, ".npz": read_npz,
+           ".npy": np.load}  # which refuses pickled objects
 
 
 # ----------------------------------------------------- where recordings come from: public data
@@ -490,17 +633,13 @@ def read_ncaltech101(path):
     return events
 
 
-def read_dvsgesture(path):
-    """Read a recording of DVS128 Gesture as tonic stores it: [events, 4] of x, y, p, ms."""
-    return np.rec.fromarrays(np.load(path).T, names="x,y,p,t")
-
-
 # tonic's class, sensor, number of recordings, reader, addresses to mend: those of figshare in
 # tonic 1.7.0 answer with an empty file (tonic issues 329, 330); figshare's API has the same files.
 FIGSHARE = "https://api.figshare.com/v2/file/download/"
 TONIC_DATASETS = {
     "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
-    "dvsgesture": ("DVSGesture", (128, 128), 1_341, read_dvsgesture,
+    # Tonic stores plain [N, 4] arrays of x, y, p, ms.
+    "dvsgesture": ("DVSGesture", (128, 128), 1_341, functools.partial(read_file, columns="xypt"),
                    dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
     # Recordings differ in size; this is the largest, and SpikingJelly's.
     "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_ncaltech101, {}),
@@ -515,42 +654,28 @@ def list_tonic(name, root):
     tonic_class, folder = getattr(tonic.datasets, class_name), root / class_name
     for attribute, address in addresses.items():
         setattr(tonic_class, attribute, address)
-    official = "train" in inspect.signature(tonic_class).parameters
-    recordings = []
-    for split in ("train", "test") if official else ("file",):
-        options = dict(train=split == "train") if official else {}
+    has_split = "train" in inspect.signature(tonic_class).parameters
+    splits, recordings = ("train", "test") if has_split else ("all",), []
+    for split in splits:
+        options = dict(train=split == "train") if has_split else {}
         try:
             dataset = tonic_class(str(root), **options)
-            # N-Caltech101's archive holds another one, which tonic does not extract.
-            for inner in folder.rglob("Caltech101.zip") if not dataset.data else ():
+            if not dataset.data:  # N-Caltech101's archive holds another one, still packed
+                inner = next(folder.rglob("Caltech101.zip"))
                 tonic.download_utils.extract_archive(str(inner), str(folder))
                 dataset = tonic_class(str(root), **options)
         except Exception as e:
-            about = vars(tonic_class)
-            url, file = (about.get(k) or about[f"{split}_{k}"] for k in ("url", "filename"))
+            prefix = f"{split}_" if has_split else ""
+            attributes = prefix + "url", prefix + "filename", (prefix or "file_") + "md5"
+            url, file, md5 = (getattr(tonic_class, attribute) for attribute in attributes)
             raise UserError(f"{name} cannot be downloaded ({format_error(e)}): fetch {url} (md5 "
-                            f"{about[f'{split}_md5']}), put it at {folder / file}, run again")
+                            f"{md5}), put it at {folder / file}, run again")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
         recordings += [(split, target if isinstance(target, str) else classes[target], path)
                        for target, path in zip(dataset.targets, dataset.data)]
     if len(recordings) < total:
         print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to "
               f"extract all again, remove the folders (not the archives) in {folder}")
-    if not official:
+    if not has_split:
         recordings = split_by_class([(cls, path) for _, cls, path in recordings])
     return recordings, classes, read, sensor
-
-
-# ---------------------------------------------------------------------------------------- settings
-
-class UserError(Exception):
-    """A mistake that the user can correct; its text says what is wrong, where, and what to do."""
-
-
-def default_config(name):
-    """Return the row of DATASETS, or FOLDER_DEFAULTS for a folder. Raises UserError otherwise."""
-    if name in DATASETS:
-        return DATASETS[name]
-    if Path(name).expanduser().is_dir():
-        return FOLDER_DEFAULTS
-    raise UserError(f"--dataset {name}: neither a folder nor one of {', '.join(DATASETS)}")

@@ -18,7 +18,7 @@ import os
 import re
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +56,11 @@ def accuracy_line(accuracy, recordings):
 
 
 def accuracy_metrics(logits, labels, classes):
-    """Compute what logits [T, N, C] say of labels [N] -> dict.
+    """Compare logits [T, N, C] with labels [N] -> dict.
 
-    In percent: accuracy, interval [low, high], top5 (None up to 10 classes), by_class, and steps,
-    [accuracy, low, high] after 1 to T steps. In recordings: confusion [C][C], rows are the true
-    classes, and worst, the five most frequent errors [count, true, predicted].
+    In percent: accuracy, interval [low, high], top5 (None up to 10 classes), by_class (None: no
+    test recordings), steps, [accuracy, low, high] after 1 to T steps. In recordings: confusion
+    [C][C], a row per true class; worst, the five most frequent errors [count, true, predicted].
     """
     _, N, C = logits.shape
     preds = logits.cumsum(0).argmax(2)  # [T, N]; the largest sum of steps 1 to t
@@ -72,7 +72,8 @@ def accuracy_metrics(logits, labels, classes):
     return dict(
         accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion.tolist(),
         top5=100 * (top5 == labels[:, None]).sum().item() / N if C > 10 else None,
-        by_class=(100 * confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
+        by_class=[100 * row[c] / sum(row) if sum(row) else None
+                  for c, row in enumerate(confusion.tolist())],
         worst=sorted(worst, reverse=True)[:5])
 
 
@@ -90,11 +91,10 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     return correct / len(test_labels)
 
 
-def linear_probe_accuracy(train_features, train_labels, test_features, test_labels,
-                          weight_decay=1e-3):
+def linear_probe_accuracy(train_features, train_labels, test_features, test_labels):
     """Fit a linear classifier to features [N, D], test it on [M, D] -> accuracy, 0 to 1.
 
-    Features standardised by the training set, L2 penalty, at most 200 iterations of L-BFGS.
+    Standardised features, cross-entropy with an L2 penalty, at most 200 iterations of L-BFGS.
     """
     mean, std = train_features.mean(0), train_features.std(0, unbiased=False) + 1e-6
     train_features, test_features = (train_features - mean) / std, (test_features - mean) / std
@@ -106,7 +106,7 @@ def linear_probe_accuracy(train_features, train_labels, test_features, test_labe
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(head(train_features), train_labels)
-        loss = loss + weight_decay / 2 * head.weight.square().sum()
+        loss = loss + 1e-3 / 2 * head.weight.square().sum()
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -114,10 +114,10 @@ def linear_probe_accuracy(train_features, train_labels, test_features, test_labe
 
 
 def alignment_uniformity(a, b, z):
-    """Compute both of Wang and Isola 2020 from unit vectors: a, b of two views, z: [N, D].
+    """Compute both measures of Wang and Isola 2020: features a, b of two views and z, all [N, D].
 
-    alignment: mean |a - b|^2, best 0. uniformity: log of the mean of exp(-2 |z_i - z_j|^2) over
-    pairs, best about -4.
+    Of unit vectors, alignment is the mean of |a - b|^2, best 0, and uniformity the log of the mean
+    of exp(-2 |z_i - z_j|^2) over pairs, best about -4.
     """
     a, b, z = (F.normalize(features.double(), dim=1) for features in (a, b, z))
     total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))
@@ -133,114 +133,165 @@ def spike_stats(model, batches):
     percent, MACs, synaptic operations and energy (uJ) per recording, in all and by "layers"; and
     {layer: spikes [T, 16]}, of 16 neurons in the first recording.
     """
-    totals, spikes, rasters, hooks = defaultdict(Counter), {}, {}, []  # layers in order of calls
+    layers, spikes, rasters = {}, {}, {}  # by name, in the order of calls
+    names = {module: re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)  # one for a ConvLIF's parts
+             for name, module in model.named_modules()}
 
     def count(name, x, macs):
-        analog = len(totals) == 0 or bool((x != x.round()).any())  # frames, or a mean over space
-        operations = macs * x.mean(dtype=torch.float64).item()  # a sum of two spikes counts twice
-        totals[name].update(macs=macs, operations=operations, analog=analog)  # update adds
+        analog = not layers or bool((x != x.round()).any())  # frames, or a mean over space
+        layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
+        layer["macs"] += macs
+        layer["operations"] += macs * x.mean(dtype=torch.float64).item()  # a 2 is two spikes
+        layer["analog"] |= analog
 
-    def on_product(name, module, inputs, out):
-        count(name, inputs[0], out.numel() * module.weight[0].numel())
+    def on_product(module, inputs, out):
+        count(names[module], inputs[0], out.numel() * module.weight[0].numel())
 
-    def on_qkv(name, module, inputs, out):  # out: [T, B, 3C, H, W]
+    def on_qkv(module, inputs, out):  # out: [T, B, 3C, H, W]
         q_and_k = torch.stack(out.chunk(3, 2)[:2])  # a spike of either adds a row of 16 numbers
-        count(name, q_and_k, 16 * q_and_k.numel())
+        count(names[module].removesuffix(".qkv"), q_and_k, 16 * q_and_k.numel())
 
-    def on_lif(name, module, inputs, out):  # out: [T, B, ...]
-        totals[name].update()  # a layer of its own in a network without convolutions
+    def on_lif(module, inputs, out):  # out: [T, B, ...]
+        name = names[module]
+        if name not in layers:  # there is no convolution before it
+            count(name, out.new_zeros(1), 0)
         spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
-        if name not in rasters:
-            some = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
-            rasters[name] = out[:, 0].flatten(1).cpu()[:, some]
+        neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
+        rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, neurons])
 
-    for name, module in model.named_modules():
-        name = re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
-        hook = on_lif if isinstance(module, neuron.LIF) else on_product
-        if isinstance(module, models.SpikingSelfAttention):
-            module, hook = module.qkv, on_qkv
-        elif not isinstance(module, (neuron.LIF, torch.nn.Conv2d, torch.nn.Linear)):
-            continue
-        hooks.append(module.register_forward_hook(functools.partial(hook, name)))
+    handles = []
+    for module in names:
+        if isinstance(module, neuron.LIF):
+            handles.append(module.register_forward_hook(on_lif))
+        elif isinstance(module, models.SpikingSelfAttention):
+            handles.append(module.qkv.register_forward_hook(on_qkv))
+        elif isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            handles.append(module.register_forward_hook(on_product))
     outputs = models.predict(model, batches)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
+    return outputs, summarise(list(layers.values()), spikes, *outputs.shape[:2]), rasters
 
-    T, N = outputs.shape[:2]
-    layers = []
-    for name, total in totals.items():
-        macs, operations = total["macs"] / N, 0.0 if total["analog"] else total["operations"] / N
-        energy = E_MAC * macs if total["analog"] else E_AC * operations
-        layers.append(dict(layer=name, macs=macs, operations=operations, energy=energy))
-        if name in spikes:
-            layers[-1] |= firing(spikes[name], T * N)
+
+def summarise(layers, spikes, T, N):
+    """Turn what spike_stats counted in N recordings of T steps into its dict."""
+    def firing(counts):
+        return dict(rate=100 * counts.mean().item() / (T * N),
+                    silent=100 * (counts == 0).float().mean().item())
+
+    for layer in layers:
+        analog = layer.pop("analog")
+        layer["macs"] /= N
+        layer["operations"] = 0.0 if analog else layer["operations"] / N
+        layer["energy"] = E_MAC * layer["macs"] if analog else E_AC * layer["operations"]
+        if layer["layer"] in spikes:
+            layer |= firing(spikes[layer["layer"]])
     stats = {k: sum(layer[k] for layer in layers) for k in ("macs", "operations", "energy")}
     if spikes:  # a network of other neurons has none
-        stats |= firing(torch.cat([counts.flatten() for counts in spikes.values()]), T * N)
-    return outputs, stats | dict(layers=layers, energy_dense=E_MAC * stats["macs"]), rasters
-
-
-def firing(counts, steps):
-    """Compute the firing rate and the share of silent neurons, in percent, from spike counts."""
-    return dict(rate=100 * counts.mean().item() / steps,
-                silent=100 * (counts == 0).float().mean().item())
+        stats |= firing(torch.cat([counts.flatten() for counts in spikes.values()]))
+    return stats | dict(layers=layers, energy_dense=E_MAC * stats["macs"])
 
 
 # ------------------------------------------------------------------------------- one checkpoint
 
 def evaluate(path, args):
     """Evaluate a checkpoint -> (results: a dict of all numbers, plots: what the pictures need)."""
-    try:
-        model, checkpoint = models.load_model(path, args.device)
-    except ValueError as e:
-        raise UserError(e)
+    model, checkpoint = load_model(path, args.device)
     train_args, classes, kind = (checkpoint[k] for k in ("args", "classes", "kind"))
-    train, test = load_data(path, train_args, args)
+    train, test = load_data(path, checkpoint, args)
     train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
 
-    def batches(split, view=lambda x: x):
-        for x, y in data.batches(split, train_args["batch_size"], args.device):
-            yield view(x), y
+    def batches(split):
+        return data.batches(split, train_args["batch_size"], args.device)
 
     # accuracy, spikes and energy
     outputs, results, rasters = spike_stats(model, batches(test))  # [T, N, classes or features]
     results |= dict(path=path, kind=kind, dataset=args.dataset or train_args["dataset"],
                     recordings=len(test_labels), args=train_args, classes=classes,
                     parameters=sum(p.numel() for p in model.parameters()))
-    if kind == "finetuned" and set(classes) == set(test.classes):
+    if kind == "finetuned" and set(test.classes) <= set(classes):
         order = torch.tensor([classes.index(c) for c in test.classes])
         results |= accuracy_metrics(outputs, order[test_labels], classes)
 
     # the frozen encoder
     encoder = model.encoder if kind == "finetuned" else model
     features = models.predict(encoder, batches(test)).mean(0)  # [N, D]
-    if len(train.classes) > 1:
+    train_features = features[:0]
+    if len(train_labels):
         train_features = models.predict(encoder, batches(train)).mean(0)
-        given = train_features, train_labels, features, test_labels
-        results |= dict(knn=100 * knn_accuracy(*given), probe=100 * linear_probe_accuracy(*given))
-    torch.manual_seed(0)  # always the same views
+    if len(train_labels) and len(train.classes) > 1:
+        both = train_features, train_labels, features, test_labels
+        results |= dict(knn=100 * knn_accuracy(*both), probe=100 * linear_probe_accuracy(*both))
+    if args.features:
+        np.savez(args.features, classes=test.classes, test_names=test.names, test_features=features,
+                 test_labels=test_labels, test_logits=outputs.mean(0), train_names=train.names,
+                 train_features=train_features, train_labels=train_labels)
+
+    # two views
+    torch.manual_seed(0)  # always the same ones
     view = functools.partial(data.augment, **train_args["pretrain_aug"])
-    a, b = (models.predict(encoder, batches(test, view)).mean(0) for _ in range(2))
-    results |= alignment_uniformity(a, b, features)
+    views = [models.predict(encoder, ((view(x), y) for x, y in batches(test))) for _ in range(2)]
+    results |= alignment_uniformity(views[0].mean(0), views[1].mean(0), features)
     return results, dict(test=test, view=view, features=features, rasters=rasters)
 
 
-def load_data(path, train_args, args):
-    """Load the data of a checkpoint, or those of --dataset; warn of what makes results differ."""
-    name = args.dataset or train_args["dataset"]
-    same = os.path.abspath(name) == os.path.abspath(train_args["dataset"])
-    train, test = data.load(
-        name, args.root or train_args["root"], train_args["n_frames"], train_args["image_size"],
-        train_args["skip_broken"] or args.skip_broken,
-        args.sensor or (train_args["sensor"] if same else None))
-    recordings = f"{len(train.labels)}+{len(test.labels)}"
+def load_model(path, device):
+    """Rebuild the network of a checkpoint -> (network, checkpoint). Raises UserError."""
+    try:
+        model, checkpoint = models.load_model(path, device)
+    except ValueError as e:
+        raise UserError(e)
+    models.limit_threads(checkpoint["args"]["image_size"])  # as train.py
+    return model, checkpoint
+
+
+def load_data(path, checkpoint, args):
+    """Load the data of a checkpoint, or of --dataset -> (train, test); warn of what differs."""
+    train_args, classes = checkpoint["args"], checkpoint["classes"]
+    name = data.resolve(args.dataset or train_args["dataset"])
+    same = name == train_args["dataset"]
+    load = functools.partial(
+        data.load, name, args.root or train_args["root"], train_args["n_frames"],
+        train_args["image_size"], train_args["skip_broken"] or args.skip_broken,
+        args.sensor or (train_args["sensor"] if same else None), train_args["frames_by"],
+        args.columns or train_args["columns"])
+    # A classifier is tested on all recordings of --dataset, if it knows their classes.
+    train, test = load(test_only=not same and checkpoint["kind"] == "finetuned")
+    if not same and not set(test.classes) <= set(classes):
+        train, test = load()  # kNN and linear probe have to learn them
+    recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))
     if same and recordings != train_args["recordings"]:
-        print(f"warning: {name} holds {recordings} recordings, {train_args['recordings']} when "
-              f"{path} was trained: some of those may be tested on now", file=sys.stderr)
+        print(f"warning: {name} holds other recordings than when {path} was trained: some of those "
+              "may be tested on now", file=sys.stderr)
     if train_args["sensor"] != train.sensor:
         print(f"warning: the sensor of {name} is {train.sensor}, the checkpoint's "
               f"{train_args['sensor']}: if the camera is the same, pass --sensor", file=sys.stderr)
     return train, test
+
+
+def predict_files(args):
+    """Classify files, or all recordings below folders -> [{path, predicted, probability}]."""
+    model, checkpoint = load_model(args.ckpt[0], args.device)
+    train_args, classes = checkpoint["args"], checkpoint["classes"]
+    if checkpoint["kind"] != "finetuned":
+        raise UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
+    files, rows = [], []
+    for path in map(Path, args.predict):
+        inside = [file for file in sorted(path.rglob("*")) if file.suffix in data.READERS
+                  and not any(part[0] == "." for part in file.relative_to(path).parts)]
+        files += inside if path.is_dir() else [path]
+    for path in files:
+        try:
+            events = data.read_file(str(path), args.columns or train_args["columns"])
+            frames = data.to_frames(data.validate_events(events), *(
+                train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
+        except Exception as e:
+            raise UserError(f"{path}: {data.format_error(e)}")
+        x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
+        probability = models.predict(model, [(x, None)]).mean(0)[0].softmax(0)  # [classes]
+        rows.append(dict(path=str(path), predicted=classes[probability.argmax()],
+                         probability=round(probability.max().item(), 4)))
+    return rows
 
 
 def print_report(results):
@@ -252,20 +303,21 @@ def print_report(results):
         print("accuracy by class" + (", confusion matrix (rows: true)" if few else ""))
         for name, share, row in zip(results["classes"], results["by_class"], results["confusion"]):
             counts = "".join(f"{n or '.':>4}" for n in row) if few else ""
-            print(f"  {name:18} {share:6.2f} % of {sum(row):<6}{counts}")
+            share = "-" if share is None else f"{share:.2f} %"
+            print(f"  {name:18} {share:>8} of {sum(row):<6}{counts}")
         for n, true, pred in results["worst"]:
             print(f"  {n} x {true} taken for {pred}")
         steps = ", ".join(f"{accuracy:.2f}" for accuracy, _, _ in results["steps"])
         print(f"accuracy after 1 to {len(results['steps'])} time steps: {steps} %")
-        print("95 % interval {:.2f} to {:.2f} %".format(*results["interval"])
-              + (f"; top-5 {results['top5']:.2f} %" if results["top5"] is not None else ""))
+        top5 = "" if results["top5"] is None else f"; top-5 {results['top5']:.2f} %"
+        print("95 % interval {:.2f} to {:.2f} %".format(*results["interval"]) + top5)
     elif results["kind"] == "finetuned":
         print(f"no accuracy: the checkpoint has other classes, {', '.join(results['classes'])}")
     print("layer               rate, % silent, %           MACs     operations  energy, uJ")
     for row in results["layers"] + [results | dict(layer="all")]:
-        rate = "{rate:9.2f} {silent:9.2f}".format(**row) if "rate" in row else ""
-        print("{layer:18} {rate:19} {macs:14,.0f} {operations:14,.0f} {energy:11.4f}"
-              .format(**row | dict(rate=rate)))
+        rate = f"{row['rate']:9.2f} {row['silent']:9.2f}" if "rate" in row else " " * 19
+        print(f"{row['layer']:18} {rate} {row['macs']:14,.0f} {row['operations']:14,.0f} "
+              f"{row['energy']:11.4f}")
     print(f"the same network without spikes: {results['energy_dense']:.4f} uJ\n{ENERGY_NOTE}")
     print("{parameters:,} parameters; alignment {alignment:.3f}, uniformity {uniformity:.3f}"
           .format(**results))
@@ -278,30 +330,33 @@ def print_report(results):
 
 def print_summary(runs):
     """Print a row per run, then mean ± deviation of those that differ only in the seed."""
-    rows, by_recipe = [], defaultdict(list)
+    by_recipe, rows = defaultdict(list), []
     for run in runs:
-        rows.append((run["path"], {k: [run[k]] for k in UNITS if k in run}))
         settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
         for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
             del settings[name]
         by_recipe[json.dumps(settings)].append(run)
-    for same in by_recipe.values():
-        if len(same) > 1:
-            rows.append((f"mean of {len(same)} seeds, {same[0]['path']} ...", {
-                k: [f([run[k] for run in same]) for f in (statistics.mean, statistics.stdev)]
-                for k in UNITS if all(k in run for run in same)}))
+        rows.append((run["path"], [run]))
+    rows += [(f"mean of {len(same)} seeds, {same[0]['path']} ...", same)
+             for same in by_recipe.values() if len(same) > 1]
     width = max(len(name) for name, _ in rows)
     print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
-    for name, values in rows:
-        cells = [" ± ".join(f"{v:.{2 if unit else 3}f}" for v in values.get(k, [])) or "-"
-                 for k, unit in UNITS.items()]
-        print(name.ljust(width), *(cell.rjust(15) for cell in cells))
+    for name, same in rows:
+        cells = []
+        for k, unit in UNITS.items():
+            values, digits = [run[k] for run in same if k in run], 2 if unit else 3
+            cell = f"{statistics.mean(values):.{digits}f}" if len(values) == len(same) else "-"
+            if len(same) == len(values) > 1:
+                cell += f" ± {statistics.stdev(values):.{digits}f}"
+            cells.append(cell.rjust(15))
+        print(name.ljust(width), *cells)
 
 
 # ------------------------------------------------------------------------------------- pictures
 
 def plot_all(results, plots, folder):
     """Draw the results as PNG files into folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     figures = dict(frames=plot_frames(plots))
     if len(plots["features"]) > 1:
         figures["map"] = plot_map(plots)
@@ -311,7 +366,6 @@ def plot_all(results, plots, folder):
         figures["spikes"] = plot_spikes(results, plots["rasters"])
     if "accuracy" in results:
         figures["accuracy"] = plot_accuracy(results)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.suptitle(results["path"], size=8, color="grey", parse_math=False)
         figure.savefig(folder / f"{name}.png")
@@ -325,19 +379,20 @@ def new_figure(width, height, rows=1, columns=1, **options):
 
 
 def plot_frames(plots):
-    """Plot a recording and two views of it, eight frames at most."""
+    """Plot a recording and two views of it, a row each, eight frames at most."""
     test, view = plots["test"], plots["view"]
     x = torch.as_tensor(test.frames[len(test.labels) // 2])[:, None].float()  # [T, 1, 2, H, W]
     torch.manual_seed(0)
-    rows, steps = [x, view(x), view(x)], range(0, len(x), math.ceil(len(x) / 8))
-    figure, axes = new_figure(1.6 * len(steps) + 0.5, 5.2, 3, len(steps))
-    for row, name, line in zip(rows, ("recording", "a view of it", "another view"), axes):
-        line[0].set_ylabel(name)
-        for ax, t in zip(line, steps):
-            off, on = (row[t, 0] / x.max().clamp(min=1)).sqrt()  # [H, W]
-            ax.imshow(1 - torch.stack([on, (on + off) / 2, off], -1).numpy())
-            ax.set(xticks=[], yticks=[], xlabel=f"t = {t + 1}")
-    figure.supxlabel("events: off orange, on blue, both black", size=10)
+    rows = {"recording": x, "a view of it": view(x), "another view": view(x)}
+    shown = range(0, len(x), math.ceil(len(x) / 8))
+    figure, axes = new_figure(1.6 * len(shown) + 0.5, 5.2, 3)
+    for [ax], (name, row) in zip(axes, rows.items()):
+        off, on = (row[shown, 0] / x.max().clamp(min=1)).sqrt().unbind(1)  # [frames, H, W]
+        colours = 1 - torch.stack([on, (on + off) / 2, off], -1)  # [frames, H, W, 3]
+        ax.imshow(torch.cat(list(F.pad(colours, (0, 0, 1, 1), value=0.8)), 1).numpy())
+        ax.set(ylabel=name, xticks=[], yticks=[])
+    numbers = ", ".join(str(t + 1) for t in shown)
+    ax.set_xlabel(f"frames {numbers}; off orange, on blue, both black", size=8)
     return figure
 
 
@@ -346,8 +401,7 @@ def plot_map(plots):
     test, z = plots["test"], plots["features"] - plots["features"].mean(0)
     _, s, directions = torch.linalg.svd(z, full_matrices=False)
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
-    width = max(9, len(test.classes) / 7)
-    figure, [[ax]] = new_figure(width, 0.75 * width)
+    figure, [[ax]] = new_figure(9, 6.8)
     for c in np.unique(test.labels):
         x, y = points[test.labels == c].T.numpy()
         ax.scatter(x, y, 18, f"C{c % 10}", marker="o^sDv"[c % 5])
@@ -363,19 +417,18 @@ def plot_curves(results):
     args, log = results["args"], defaultdict(list)
     with open(Path(results["path"]).with_name("log.csv")) as f:
         for row in csv.DictReader(f):
-            columns = [row[k] for k in ("epoch", "loss", "accuracy", "knn")]
-            log[row["phase"]].append([float(value or "nan") for value in columns])
-    about = dict(  # phase: the level of chance, what its accuracy is
-        pretrain=(chance_level(args["queue_size"], args["alpha"], args["beta"]),
-                  "own key nearer than the queue"),
-        finetune=(math.log(len(results["classes"])), "training recordings"))
+            log[row["phase"]].append(row)
+    chance = dict(pretrain=chance_level(args["queue_size"], args["alpha"], args["beta"]),
+                  finetune=math.log(len(results["classes"])))
+    meaning = dict(pretrain="own key nearer than the queue", finetune="training recordings")
     figure, axes = new_figure(9, 4.6, 2, len(log), sharex="col")
     for (phase, rows), (top, bottom) in zip(log.items(), axes.T):
-        (chance, label), (epoch, loss, accuracy, knn) = about[phase], np.array(rows).T
-        top.axhline(chance, color="grey", ls="--", label="chance")
+        epoch, loss, accuracy, knn = np.array([
+            [float(row[k] or "nan") for row in rows] for k in ("epoch", "loss", "accuracy", "knn")])
         top.plot(epoch, loss, ".-", ms=4)
-        top.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance, loss.max())))
-        bottom.plot(epoch, 100 * accuracy, ".-", ms=4, label=label)
+        top.axhline(chance[phase], color="grey", ls="--", label="chance")
+        top.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance[phase], *loss)))
+        bottom.plot(epoch, 100 * accuracy, ".-", ms=4, label=meaning[phase])
         bottom.plot(epoch, 100 * knn, "o", label="kNN" if phase == "pretrain" else None)
         bottom.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
         top.legend()
@@ -384,21 +437,20 @@ def plot_curves(results):
 
 
 def plot_spikes(results, rasters):
-    """Plot sixteen neurons of each layer over time, rasters {layer: [T, 16]}, and its figures."""
+    """Plot 16 neurons of each layer over time, rasters {layer: [T, 16]}, and its rates, energy."""
     T, layers = results["args"]["n_frames"], results["layers"]
-    names, y = [layer["layer"] for layer in layers], np.arange(len(layers))
+    names, y = [layer["layer"] for layer in layers], range(len(layers))
     figure, [[raster, *bars]] = new_figure(
         9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
-    for i, name in enumerate(names):
-        t, j = rasters.get(name, torch.zeros(T, 16)).nonzero().T.numpy()  # step and neuron
-        raster.hlines(i - 0.5 + (j + 0.5) / 16, t + 0.6, t + 1.4, color="black", lw=1.5)
-    raster.hlines(y + 0.5, 0.5, T + 0.5, color="lightgrey", lw=0.8)
-    raster.set(title="16 neurons of each layer", xlabel="time step", yticks=y, yticklabels=names,
-               xlim=(0.5, T + 0.5), ylim=(len(y) - 0.5, -0.5))
-    for ax, key, label in zip(bars, ("rate", "silent", "energy"),
-                              ("firing rate, %", "silent neurons, %", "energy, µJ")):
-        ax.barh(y, [layer.get(key, 0) for layer in layers], 0.7)
+    neurons = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)
+    labels = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
+    for ax, (key, label) in zip(bars, labels.items()):
+        ax.barh(y, [layer.get(key, 0) for layer in layers])
         ax.set_xlabel(label)
+    raster.imshow(neurons.T.numpy(), "Greys", aspect="auto", interpolation="none",
+                  extent=(0.5, T + 0.5, len(y) - 0.5, -0.5))
+    raster.set(title="16 neurons of each layer", xlabel="time step", yticks=y, yticklabels=names)
+    raster.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -407,8 +459,7 @@ def plot_accuracy(results):
     classes, counts = results["classes"], np.array(results["confusion"])
     percent, side = 100 * counts / counts.sum(1, keepdims=True).clip(min=1), 3.4 + len(counts) / 8
     figure, [[curve, matrix]] = new_figure(4 + side, side, 1, 2, width_ratios=[3.6, side])
-    accuracy, low, high = zip(*results["steps"])
-    steps = range(1, len(accuracy) + 1)
+    steps, (accuracy, low, high) = range(1, 1 + len(results["steps"])), zip(*results["steps"])
     curve.fill_between(steps, low, high, alpha=0.2, lw=0)
     curve.plot(steps, accuracy, "o-")
     curve.set(xlabel="time steps seen", ylabel="test accuracy and its 95 % interval, %")
@@ -424,6 +475,7 @@ def plot_accuracy(results):
 
 
 def parse_args(argv):
+    """Parse the flags; what is left out is as it was in training."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -431,15 +483,18 @@ def parse_args(argv):
     add("--dataset", help="data to test on, if not those of the checkpoint")
     add("--root", help="folder of downloads and frames, if not that of the checkpoint")
     add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="size of a folder's sensor")
+    add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
+    add("--predict", nargs="+", metavar="PATH", help="classify these recordings or folders of them")
+    add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")
     add("--json", metavar="FILE", help="write all numbers to this file")
     add("--device", type=models.device, help="cpu or cuda[:N]",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
     args = parser.parse_args(argv)
-    if args.pictures and len(args.ckpt) > 1:
-        parser.error("--pictures shows one checkpoint: pass a single --ckpt")
+    if len(args.ckpt) > 1 and (args.pictures or args.predict or args.features):
+        parser.error("--pictures, --predict and --features take a single --ckpt")
     if args.pictures and not importlib.util.find_spec("matplotlib"):
         parser.error("--pictures needs matplotlib: pip install matplotlib")
     return args
@@ -448,19 +503,35 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     neuron.COMPILE = not args.no_compile
-    evaluated = [evaluate(path, args) for path in args.ckpt]
-    runs = [results for results, _ in evaluated]
-    if args.json:
-        Path(args.json).write_text(json.dumps(dict(units=UNITS, runs=runs)))
-    if len(runs) == 1:
-        print_report(runs[0])
-    else:
+    if args.predict:
+        rows = predict_files(args)
+        if args.json:
+            data.write_json(args.json, rows)
+        writer = csv.DictWriter(sys.stdout, ["path", "predicted", "probability"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    runs, failed = [], []
+    for path in args.ckpt:
+        try:
+            results, plots = evaluate(path, args)
+            runs.append(results)
+        except (UserError, OSError) as e:  # the others' results stand
+            failed.append(str(e) if path in str(e) else f"{path}: {e}")
+    if args.json and runs:
+        data.write_json(args.json, dict(units=UNITS, runs=runs))
+    if len(args.ckpt) > 1 and runs:
         print_summary(runs)
-    if args.pictures:
-        plot_all(*evaluated[0], Path(args.pictures))
+    elif runs:
+        print_report(results)
+        if args.pictures:
+            plot_all(results, plots, Path(args.pictures))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
     try:
         main()
     except (UserError, OSError) as e:

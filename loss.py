@@ -2,7 +2,7 @@
 
 InfoNCE of a query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018):
 
-    InfoNCE = -log( exp(q.k+ / temperature) / sum_j exp(q.z_j / temperature) ),  z = k+, n_1 .. n_K
+    InfoNCE = -log( exp(q.k+ / temperature) / sum_z exp(q.z / temperature) ),  z = k+, n_1 .. n_K
 
 which is the cross-entropy of the logits [q.k+, q.n_1, ..., q.n_K] / temperature against class 0.
 Embeddings have T time steps; there are two ways to get one loss from them, and the mix of both:
@@ -12,7 +12,7 @@ Embeddings have T time steps; there are two ways to get one loss from them, and 
     MixInfoNCE = alpha * MBC + beta * MAC
 
 MAC contrasts step t with step t of the key and of the queue; this is our reading of the paper.
-Related code (amazing-cls, TETMoCo) takes the negatives of all T steps. With T = 1 both are InfoNCE.
+Related code (amazing-cls, TETMoCo) takes the negatives of all T steps. If T = 1, MBC = MAC.
 Tests: python -m pytest test_all.py -k loss
 """
 import math
@@ -22,13 +22,12 @@ import torch.nn.functional as F
 
 
 def mix_info_nce(q, k, queue, temperature, alpha, beta):
-    """Compute MixInfoNCE -> (loss, a scalar; the MBC logits [B, 1 + K], the positive first).
+    """Compute MixInfoNCE -> (loss, a scalar; the logits of MBC [B, 1 + K], for moco's accuracy).
 
-    q, k: [T, B, D] raw embeddings of two views; queue: [K, T, D] raw embeddings of earlier keys;
-    temperature > 0. alpha, beta: weights of MBC and MAC. The paper sets them equal; we choose 0.5
-    each, which keeps the scale of either loss.
+    q, k: [T, B, D] embeddings of two views, of any length; queue: [K, T, D], of earlier keys;
+    alpha, beta: equal in the paper; 0.5 each keeps the scale of a single InfoNCE.
     """
-    q, k = q.float(), k.float()  # before the mean, for which bf16 is too coarse
+    q, k = q.float(), k.float()  # bf16 is too coarse for a mean over time
     mbc_logits = info_nce_logits(q.mean(0), k.mean(0), queue.mean(1), temperature)  # [B, 1 + K]
     mac_logits = info_nce_logits(q, k, queue.transpose(0, 1), temperature)  # [T, B, 1 + K]
     return alpha * info_nce(mbc_logits) + beta * info_nce(mac_logits), mbc_logits
@@ -39,16 +38,16 @@ def info_nce_logits(q, k, queue, temperature):
     with torch.autocast(q.device.type, enabled=False):  # half precision is too coarse for logits
         q, k, queue = (F.normalize(z.float(), dim=-1) for z in (q, k, queue))
         positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
-        negative = q @ queue.transpose(-1, -2)  # [..., B, K]
+        negative = q @ queue.transpose(-1, -2)  # [..., B, K]; a queue [K, D] serves all steps
         return torch.cat([positive, negative], -1) / temperature
 
 
 def info_nce(logits):
-    """Average InfoNCE over all rows of logits [..., 1 + K], the positive first -> a scalar."""
+    """Average InfoNCE over all rows of logits [..., 1 + K] -> a scalar. Class 0 is the positive."""
     logits = logits.flatten(0, -2)  # [rows, 1 + K]
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def chance_level(queue_size, alpha, beta):
-    """Compute the loss of an uninformative encoder: log(K + 1) for each of MBC and MAC."""
+    """Compute the loss if all 1 + K logits are equal: log(K + 1) for each of MBC and MAC."""
     return (alpha + beta) * math.log(queue_size + 1)

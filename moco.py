@@ -8,7 +8,8 @@ One step on two views of a batch of recordings, as `forward` computes it:
     loss = MixInfoNCE(q, k, queue)                                 loss.py
     queue <- k; the oldest keys leave                              first in, first out
 
-Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only the query encoder is kept.
+Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only encoder_q's encoder is
+kept. MoCo's shuffling for batch norm is left out: docs/experiments.md shows no harm from that.
 Tests: python -m pytest test_all.py -k moco
 """
 import copy
@@ -23,11 +24,10 @@ from loss import mix_info_nce
 class MoCo(nn.Module):
     """Wrap an encoder for pre-training. The encoder is not copied: training this module trains it.
 
-    encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: the
-    number of negatives K >= 1; momentum in [0, 1] of the key encoder: 0 copies the query encoder
-    at each step, 1 freezes it; temperature > 0, alpha, beta: see loss.py. Raises ValueError for
-    settings out of range. After each forward, .accuracy is the contrastive accuracy: the share of
-    queries that are nearer to their own key than to all K negatives (by the logits of MBC).
+    encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: number
+    of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the query encoder, at 1 it
+    is frozen; temperature > 0, alpha, beta: see loss.py. Raises ValueError otherwise. After each
+    forward, .accuracy is the share of queries nearer to their own key than to all K negatives.
     """
 
     def __init__(self, encoder, dim=128, queue_size=4096, momentum=0.999, temperature=0.1,
@@ -39,29 +39,27 @@ class MoCo(nn.Module):
         self.momentum, self.temperature = momentum, temperature
         self.alpha, self.beta = alpha, beta
         # The paper does not describe its head; this is MoCo v2's, applied to each time step.
-        head = nn.Sequential(
-            nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, dim))
+        D = encoder.dim
+        head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, dim))
         self.encoder_q = nn.Sequential(encoder, head)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.register_buffer("queue", torch.empty(queue_size, 0, dim))  # see init_queue
+        self.register_buffer("queue", torch.empty(queue_size, 0, dim))  # T = 0: not known yet
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # slot of the oldest
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
     def forward(self, view_q, view_k):
-        """Compute the loss of two views [T, B, 2, H, W] of the same recordings, once a batch."""
-        # query
+        """Compute the loss of two views [T, B, 2, H, W] of a batch, and update keys and queue."""
         q = self.encoder_q(view_q)  # [T, B, dim]
 
-        # key
+        # key encoder and keys
         with torch.no_grad():
             self.momentum_update()
             k = self.encoder_k(view_k)  # [T, B, dim]
             if len(k) != self.queue.shape[1]:  # the first step, or another T
                 self.init_queue(len(k))
 
-        # loss
-        loss, logits = mix_info_nce(
-            q, k, self.queue, self.temperature, self.alpha, self.beta)  # logits: [B, 1 + K]
+        # loss, and the logits of MBC [B, 1 + K]
+        loss, logits = mix_info_nce(q, k, self.queue, self.temperature, self.alpha, self.beta)
 
         # contrastive accuracy and queue
         with torch.no_grad():
@@ -74,16 +72,16 @@ class MoCo(nn.Module):
     def init_queue(self, T):
         """Fill the queue [K, T, dim] with random directions, as MoCo does.
 
-        They are easy to tell from keys, so the loss rises while keys replace them.
+        The loss rises while keys, harder to tell apart, replace them. Call this first if the
+        module is to be compiled or to load a state.
         """
         K, _, dim = self.queue.shape
         self.queue = torch.randn(K, T, dim, device=self.queue.device)
 
     def momentum_update(self):
-        """Move the key encoder: theta_k <- momentum * theta_k + (1 - momentum) * theta_q.
+        """Move the parameters of the key encoder: theta_k <- m * theta_k + (1 - m) * theta_q.
 
-        Parameters only. In training both encoders normalise by their own batch, so the running
-        statistics of batch norm play no part in the loss; the key encoder's follow its own keys.
+        Not the running statistics of batch norm: in training it uses those of each batch.
         """
         for theta_k, theta_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             theta_k.lerp_(theta_q, 1 - self.momentum)
@@ -100,12 +98,10 @@ class MoCo(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(k)) % K)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # communication stays outside of compiled graphs
 def all_gather_keys(k):
-    """Gather the keys [B, ...] of all processes in the order of the whole batch.
-
-    data.batches gives process r the rows r, r + world_size, ... of a batch, as many as the others.
-    """
+    """Gather the keys [B, ...] of all processes, in the order of the whole batch."""
+    # data.batches gives process r the rows r, r + world_size, ..., hence the stack along axis 1.
     shares = [torch.empty_like(k) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, k.contiguous())
     return torch.stack(shares, 1).flatten(0, 1)  # [B, world_size, ...] -> [B * world_size, ...]

@@ -2,16 +2,18 @@
 
 Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, joined by sums:
 
-    SEW-ResNet (Fang et al. 2021)   x + block(block(x)), the "spike-element-wise" addition
+    SEW-ResNet (Fang et al. 2021)   x + block(block(x)), "spike-element-wise" addition
     Spikformer (Zhou et al. 2023)   four blocks make the image tokens; then, in each layer,
                                     x + attention(x) and x + mlp(x), where attention is
-                                    (q k^T) v / 8 on spikes, without softmax
+                                    LIF((q k^T) v / 8) of spikes q, k, v, without softmax
 
-Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space at each time step.
+A sum of spikes is a small integer. Only LIF layers see time: the others see a batch of T*B images.
+Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space.
 Weights exchange with SpikingJelly 2.0.0's Spikformer and sew_resnet18(cnf="ADD"): state_dict()
-has the same tensors in the same order (1x1 kernels up to trailing ones), for the same logits.
+has the same tensors in the same order, up to trailing ones in their shapes.
 Tests: python -m pytest test_all.py -k models
 """
+import os
 import re
 
 import torch
@@ -19,11 +21,11 @@ from torch import nn
 
 from neuron import LIF
 
-HALVE = dict(kernel_size=3, stride=2, padding=1)  # of every max-pool: it halves the image
+HALVE = dict(kernel_size=3, stride=2, padding=1)  # settings of every max-pool
 
 
 class ConvLIF(nn.Module):
-    """Convolution -> batch norm -> max-pool (if pool) -> LIF: [T, B, C, H, W] -> spikes."""
+    """Convolution, batch norm, max-pool (if pool), LIF: [T, B, C, H, W] -> [T, B, C', H', W']."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, pool=False):
         super().__init__()
@@ -54,19 +56,17 @@ class SEWBlock(nn.Module):
 
 
 class SEWResNet18(nn.Module):
-    """SEW-ResNet-18 (Fang et al. 2021, ADD): [T, B, 2, H, W] -> [T, B, 8 * width].
+    """SEW-ResNet-18: [T, B, 2, H, W] -> [T, B, 8 * width]; width: channels of the first stage.
 
-    width: channels of stage 1. From 64 pixels on, the stem is ResNet's 7x7 convolution of stride 2
-    and max-pool; for smaller images, one 3x3 convolution.
+    From 64 pixels on, the stem is ResNet's, which divides the image's sides by 4.
     """
 
     def __init__(self, width=64, image_size=128):
         super().__init__()
         self.dim = 8 * width
-        if image_size >= 64:
-            self.stem, self.pool = ConvLIF(2, width, 7, 2), nn.MaxPool2d(**HALVE)
-        else:
-            self.stem, self.pool = ConvLIF(2, width, 3), nn.Identity()
+        large = image_size >= 64
+        self.stem = ConvLIF(2, width, 7, 2) if large else ConvLIF(2, width, 3)
+        self.pool = nn.MaxPool2d(**HALVE) if large else nn.Identity()  # of spikes
         blocks, c_in = [], width
         for c_out, stride in (width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2):  # stages
             blocks += [SEWBlock(c_in, c_out, stride), SEWBlock(c_out, c_out, 1)]
@@ -74,24 +74,21 @@ class SEWResNet18(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # published
 
     def forward(self, x):
-        x = self.stem(channels_last(x))
-        x = self.pool(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # [T, B, C, H, W]
+        x = self.stem(channels_last(x))  # [T, B, width, H', W']
+        x = self.pool(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # [T, B, width, H'', W'']
         return self.blocks(x).mean((3, 4))  # [T, B, D]
 
 
 class SpikingSelfAttention(nn.Module):
-    """Spiking self-attention, heads of 16 channels: [T, B, C, H, W] -> spikes [T, B, C, H, W].
-
-    The L = H * W places of the image are the tokens.
-    """
+    """Attention between the L = H * W pixels, in heads of 16 channels: [T, B, C, H, W] -> same."""
 
     def __init__(self, dim):
         super().__init__()
         self.qkv = ConvLIF(dim, 3 * dim, 1)  # one convolution for all three
-        self.lif = LIF(v_threshold=0.5)
+        self.lif = LIF(v_threshold=0.5)  # published
         self.proj = ConvLIF(dim, dim, 1)
 
     def forward(self, x):
@@ -106,10 +103,10 @@ class SpikingSelfAttention(nn.Module):
 
 
 class Spikformer(nn.Module):
-    """Spikformer-<depth>-<dim> (Zhou et al. 2023): [T, B, 2, H, W] -> [T, B, dim].
+    """Spikformer-<depth>-<dim>: [T, B, 2, H, W] -> [T, B, dim].
 
-    From 64 pixels on, each of the stem's four blocks halves the image (patches of 16 pixels); for
-    smaller images, only the last two do (patches of 4).
+    From 64 pixels on, each of the stem's four blocks halves the image's sides (a token is a patch
+    of 16 x 16 pixels); for smaller images, only the last two do (4 x 4).
     """
 
     def __init__(self, depth=2, dim=256, image_size=128):
@@ -120,7 +117,7 @@ class Spikformer(nn.Module):
             ConvLIF(widths[i], widths[i + 1], 3, pool=image_size >= 64 or i >= 2)
             for i in range(4)])
         self.pos_embed = ConvLIF(dim, dim, 3)
-        self.layers = nn.ModuleList()
+        self.layers = nn.ModuleList()  # attention, MLP, attention, MLP, ...
         for _ in range(depth):
             self.layers.append(SpikingSelfAttention(dim))
             self.layers.append(nn.Sequential(ConvLIF(dim, 4 * dim, 1), ConvLIF(4 * dim, dim, 1)))
@@ -137,19 +134,14 @@ class Spikformer(nn.Module):
 
 
 def channels_last(x):
-    """Store x [T, B, C, H, W] with the channels of a pixel side by side, as later layers keep it.
-
-    Max-pooling is ten times faster in this layout; 1x1 convolutions need no reordering.
-    """
+    """Store the channels of a pixel side by side, as later layers keep it; the shape stays."""
+    # In this layout max-pooling is ten times faster, and 1x1 convolutions need no reordering.
     flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [T*B, C, H, W]
     return flat.unflatten(0, x.shape[:2])  # [T, B, C, H, W]
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head: [T, B, 2, H, W] -> logits [T, B, num_classes].
-
-    A prediction is the mean of the logits over T.
-    """
+    """Encoder and linear head: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T."""
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -159,15 +151,14 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
-        return self.head(self.encoder(x))
+        return self.head(self.encoder(x))  # [T, B, num_classes]
 
 
 def build(arch, image_size):
-    """Build the encoder called arch for frames of image_size pixels; .dim is its feature size D.
+    """Build the encoder called arch for square frames of image_size pixels; its .dim is D.
 
-    arch: "sew-resnet-18" | "spikformer-2-256"; at other sizes "sew-resnet-18-<width of stage 1>",
-    a multiple of 8, or "spikformer-<depth>-<dim>", dim a multiple of 16. Raises ValueError for any
-    other name.
+    arch: "sew-resnet-18-<width>", width (64 if left out) a multiple of 8, or
+    "spikformer-<depth>-<dim>", dim a multiple of 16. Raises ValueError for any other name.
     """
     if m := re.fullmatch(r"sew-resnet-18(?:-([1-9]\d*))?", arch):
         width = int(m[1] or 64)
@@ -203,12 +194,20 @@ def device(name):
     return name
 
 
+def limit_threads(image_size):
+    """Compute in one thread where frames are small, unless OMP_NUM_THREADS is set.
+
+    Threads that wait for each other at every small operation make a step 10 to 25 times slower
+    beside a busy process; one thread is at most 1.5 times slower on an idle machine, and its
+    result does not depend on the number of cores.
+    """
+    if image_size < 64 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 @torch.no_grad()
 def predict(model, batches):
-    """Run a network over batches (x [T, B, 2, H, W], y) -> its outputs [T, N, D] on the CPU.
-
-    The model is left in evaluation mode.
-    """
+    """Run model, set to evaluation mode, over batches (x, y) -> outputs [T, N, D] on the CPU."""
     model.eval()
     outputs = []
     for x, _ in batches:
@@ -220,9 +219,9 @@ def predict(model, batches):
 def load_model(path, device="cpu"):
     """Rebuild the network of a checkpoint -> (network in evaluation mode, checkpoint).
 
-    The network is a Classifier for finetuned.pt and the encoder for pretrained.pt. The checkpoint
-    is a dict of kind, args, classes and weights; reading it runs no code of an untrusted file.
-    Raises OSError if there is no such file, ValueError if train.py did not write it.
+    The network is the encoder for pretrained.pt, a Classifier for finetuned.pt; the checkpoint is a
+    dict of kind, args, classes and weights. No code of an untrusted file runs. Raises OSError if
+    there is no such file, ValueError if it does not fit this code.
     """
     open(path, "rb").close()  # an OSError that names the file, which torch.load's may not
     try:

@@ -15,6 +15,7 @@ import copy
 import csv
 import math
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -40,25 +41,26 @@ def main(argv=None):
     neuron.COMPILE = not args.no_compile
 
     # ============ data ============
-    train, test = load_data(args)
+    train, test, unlabelled = load_data(args)  # unlabelled is train, if not for --pretrain-on
     labelled = few_shot_subset(train, args.labels_per_class, args.seed)
 
     # ============ encoder ============
+    models.limit_threads(args.image_size)
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
     if args.init:
         load_pretrained_encoder(encoder, args)
 
-    # ============ the run's folder, and where it stopped ============
+    # ============ the run's folder, and the state that --resume continues ============
     state = make_run_dir(args, train.classes)
     print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
     print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
 
     # ============ pre-training, without labels ============
     if args.pretrain_epochs and not args.init:
-        pretrain(encoder, train, args, state)
+        pretrain(encoder, unlabelled, args, state)
     if args.epochs == 0:
-        print(f"to evaluate it: python eval.py --ckpt {args.out}/pretrained.pt")
+        print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/pretrained.pt")
         return
 
     # ============ fine-tuning, with labels ============
@@ -67,24 +69,26 @@ def main(argv=None):
     # ============ the only look at the test recordings ============
     logits = models.predict(classifier, data.batches(test, args.batch_size, args.device)).mean(0)
     correct = (logits.argmax(1) == torch.tensor(test.labels)).sum().item()
-    print(f"to evaluate it: python eval.py --ckpt {args.out}/finetuned.pt")
+    print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/finetuned.pt")
     print(accuracy_line(100 * correct / len(logits), len(logits)))
 
 
 def pretrain(encoder, train, args, state):
     """Pre-train the encoder by NeuroMoCo: two views of every recording, and no label."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the draws do not depend on what ran before
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha,
                 args.beta).to(args.device)
     moco.init_queue(args.n_frames)  # now, because a resumed and a compiled step need its shape
     model = wrap_model(moco, args)
 
     def compute_loss(x, y):
-        view_q, view_k = (data.augment(x, **args.pretrain_aug) for _ in range(2))
-        return model(view_q, view_k), moco.accuracy
+        view_q = data.augment(x, **args.pretrain_aug)
+        view_k = data.augment(x, **args.pretrain_aug)
+        loss = model(view_q, view_k)
+        return loss, moco.accuracy
 
-    every = max(1, len(train.labels) // 1000)  # 1,000 to 2,000 recordings, or all of a small set
-    sample = train._replace(frames=train.frames[::every], labels=train.labels[::every])
+    stride = max(1, len(train.labels) // 1000)  # 1,000 to 2,000 recordings, or all of a small set
+    sample = data.select(train, slice(None, None, stride))
 
     def monitor():
         """Classify every fifth recording by its nearest neighbours among the others."""
@@ -93,14 +97,15 @@ def pretrain(encoder, train, args, state):
         fifth = torch.arange(len(y)) % 5 == 0
         return knn_accuracy(z[~fifth], y[~fifth], z[fifth], y[fifth])
 
-    level = chance_level(args.queue_size, args.alpha, args.beta)
-    print(f"loss at the level of chance: {level:.3f} = (alpha + beta) log(K + 1)")
+    chance = chance_level(args.queue_size, args.alpha, args.beta)
+    print(f"loss at the level of chance: {chance:.3f} = (alpha + beta) log(K + 1)")
     if args.queue_size >= len(train.labels):
         print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: "
               f"positives return as negatives; try --queue-size {len(train.labels) // 4 + 1}")
     train_phase("pretrain", moco, encoder, compute_loss, train, args.pretrain_epochs,
                 args.pretrain_lr, args, state, monitor if len(train.classes) > 1 else None)
-    state["pretrain"] = copy.deepcopy(state["pretrain"])  # fine-tuning changes the encoder in place
+    # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
+    state["pretrain"] = copy.deepcopy(state["pretrain"])
     save("pretrained.pt", args, dict(
         kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
@@ -123,9 +128,10 @@ def finetune(encoder, labelled, args, state):
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
-    """Train for the epochs that are left; after each, write log.csv and state.pt.
+    """Train model for the epochs that are left; after each, write log.csv and state.pt.
 
-    compute_loss(x, y) -> (loss, accuracy); monitor() -> kNN accuracy, about ten times, or None.
+    compute_loss(x, y) -> (loss, accuracy of the batch); encoder: the part of model whose firing
+    rate is logged; monitor() -> kNN accuracy, logged about ten times, or None.
     """
     rank, world_size = rank_and_world_size()
     optimizer, start = build_optimizer(model, args.weight_decay), 0
@@ -133,48 +139,46 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         start = state[phase]["epoch"]
         model.load_state_dict(state[phase]["model"])
         optimizer.load_state_dict(state[phase]["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # it may have changed
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag may have changed
+    # the number of batches that data.batches yields
     steps = math.ceil((len(split.labels) // world_size) / (args.batch_size // world_size))
     for epoch in range(start, epochs):
-        began = time.time()
+        began, name = time.time(), f"{phase} {epoch + 1}/{epochs}"
         seed = args.seed + 1_000_000 * (epoch + 1)  # no epoch's draws depend on earlier epochs
         generator = torch.Generator().manual_seed(seed)  # of the order, the same in all processes
         torch.manual_seed(seed + 1000 * rank)  # of the views, different in each process
         batches = data.batches(
             split, args.batch_size, args.device, True, generator, rank, world_size)
-        rates = [lr * warmup_cosine(epoch * steps + i, epochs * steps) for i in range(steps)]
-        name = f"{phase} {epoch + 1}/{epochs}"
-        bar = tqdm(batches, name, steps, leave=False, disable=True if rank else None)
+        lrs = [lr * warmup_cosine(epoch * steps + i, epochs * steps) for i in range(steps)]
 
-        # one epoch
+        # one epoch, with a progress bar in the terminal (None: no bar elsewhere) of process 0
+        bar = tqdm(batches, name, steps, leave=False, disable=True if rank else None)
         model.train()
-        loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, rates, args.device)
+        loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, lrs, args.device)
         if not math.isfinite(loss):
             raise UserError(f"{name}: the loss is {loss}; state.pt holds the epoch before; start "
                             "again with a lower learning rate")
 
         # log and state
         x, _ = next(data.batches(split, args.batch_size, args.device))
-        row = dict(phase=phase, epoch=epoch + 1, loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}",
-                   rate=f"{firing_rate(encoder, x):.4f}", lr=f"{rates[0]:.2e}", knn="")
-        if monitor and (epoch + 1) % max(1, epochs // 10) == 0:
-            row["knn"] = f"{monitor():.4f}"
-        row["seconds"] = f"{time.time() - began:.1f}"
-        shown = ", ".join(f"{key} {value}" for key, value in list(row.items())[2:] if value)
-        print(f"{name}: {shown}", flush=True)
-        state["log"].append(row)
+        due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
+        row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}",
+                   rate=f"{firing_rate(encoder, x):.4f}", lr=f"{lrs[0]:.2e}",
+                   knn=f"{monitor():.4f}" if due else "", seconds=f"{time.time() - began:.1f}")
+        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
+        state["log"].append(dict(phase=phase, epoch=epoch + 1) | row)
         state[phase] = dict(
             epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
         write_log(args, state["log"])
         save("state.pt", args, state)
 
 
-def train_one_epoch(compute_loss, batches, optimizer, rates, device):
-    """Take one step per batch, at its learning rate -> mean loss and mean accuracy."""
+def train_one_epoch(compute_loss, batches, optimizer, lrs, device):
+    """Take one step per batch, each at its learning rate -> mean loss and mean accuracy."""
     history = []
-    for (x, y), rate in zip(batches, rates):
+    for (x, y), lr in zip(batches, lrs):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
 
         # forward
         with models.autocast(device):
@@ -189,7 +193,7 @@ def train_one_epoch(compute_loss, batches, optimizer, rates, device):
         history.append(torch.stack([loss.detach(), accuracy]))
     means = torch.stack(history).mean(0)
     if dist.is_initialized():
-        dist.all_reduce(means)
+        dist.all_reduce(means)  # sums
     return (means / rank_and_world_size()[1]).tolist()  # only now does the CPU wait for a GPU
 
 
@@ -197,21 +201,20 @@ def train_one_epoch(compute_loss, batches, optimizer, rates, device):
 def firing_rate(encoder, x):
     """Compute the share of neurons x time steps that spike at x, with batch norm as in training."""
     encoder = copy.deepcopy(encoder).train()  # a copy, because its running statistics change
-    spikes, total = 0.0, 0
+    counts = []  # of each layer: spikes, neurons x time steps
 
     def count(layer, inputs, out):
-        nonlocal spikes, total
-        spikes, total = spikes + out.sum(dtype=torch.float32), total + out.numel()
+        counts.append((out.sum(dtype=torch.float32), out.numel()))
     for layer in encoder.modules():
         if isinstance(layer, neuron.LIF):
             layer.register_forward_hook(count)
     with models.autocast(x.device):
         encoder(x)
-    return float(spikes) / max(1, total)
+    return float(sum(spikes for spikes, _ in counts)) / max(1, sum(total for _, total in counts))
 
 
 def build_optimizer(model, weight_decay):
-    """Make AdamW with weight decay for matrices and kernels only; its rate is set at each step."""
+    """Make AdamW; its first group, matrices and kernels, has weight decay, the second has none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW([
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -225,14 +228,10 @@ def warmup_cosine(step, steps):
 
 
 def wrap_model(model, args):
-    """Wrap the model for training: compiled on one GPU, distributed under torchrun, else as it is.
-
-    With several GPUs, batch norm takes its statistics over all of them; on CPUs, for which PyTorch
-    has no SyncBatchNorm, over each process's own share.
-    """
+    """Wrap the model for training: compiled on one GPU, distributed under torchrun, or neither."""
     on_gpu = torch.device(args.device).type == "cuda"
     if dist.is_initialized():
-        if on_gpu:
+        if on_gpu:  # on CPUs, batch norm sees a process's own share: there is no SyncBatchNorm
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if on_gpu and not args.no_compile:
@@ -244,19 +243,25 @@ def wrap_model(model, args):
 # ------------------------------------------------------------------------------------------- data
 
 def load_data(args):
-    """Load train and test, and note in args what the recordings tell: image size and sensor."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and not is_first:
+    """Load train, test and the recordings to pre-train on; set in args what only these tell."""
+    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if waits:
         dist.barrier()  # the first process of a machine makes the frames, the others find them
-    train, test = data.load(args.dataset, args.root, args.n_frames, args.image_size,
-                            args.skip_broken, args.sensor)
-    if dist.is_initialized() and is_first:
+    settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
+                    sensor=args.sensor, frames_by=args.frames_by, columns=args.columns)
+    train, test = data.load(args.dataset, size=args.image_size, **settings)
+    args.image_size = args.pretrain_size = train.frames.shape[-1]  # --init changes the latter
+    train = unlabelled = data.to_gpu_if_fits(train, args.device)
+    if args.pretrain_on:
+        unlabelled, _ = data.load(args.pretrain_on, size=args.image_size, **settings)
+        unlabelled = data.to_gpu_if_fits(unlabelled, args.device)
+    if dist.is_initialized() and not waits:
         dist.barrier()
     if len(train.classes) < 2 and args.epochs:
         raise UserError(f"{args.dataset}: a single class; --epochs 0 pre-trains only")
-    args.image_size, args.sensor = train.frames.shape[-1], train.sensor
-    args.recordings = f"{len(train.labels)}+{len(test.labels)}"
-    return data.to_gpu_if_fits(train, args.device), test
+    args.sensor = train.sensor
+    args.recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))
+    return train, test, unlabelled
 
 
 def few_shot_subset(train, labels_per_class, seed):
@@ -267,10 +272,11 @@ def few_shot_subset(train, labels_per_class, seed):
     order = torch.randperm(len(train.labels), generator=generator).numpy()
     chosen = []
     for c, name in enumerate(train.classes):
-        chosen += list(order[train.labels[order] == c][:labels_per_class])
-        if (train.labels == c).sum() < labels_per_class:
+        candidates = order[train.labels[order] == c]
+        chosen += list(candidates[:labels_per_class])
+        if len(candidates) < labels_per_class:
             print(f"warning: fewer than {labels_per_class} recordings in class {name}")
-    return train._replace(frames=train.frames[chosen], labels=train.labels[chosen])
+    return data.select(train, chosen)
 
 
 def load_pretrained_encoder(encoder, args):
@@ -281,26 +287,30 @@ def load_pretrained_encoder(encoder, args):
         encoder.load_state_dict(source.state_dict())
     except ValueError as e:
         raise UserError(f"--init {e}")
-    except RuntimeError:
-        arch = checkpoint["args"]["arch"]
-        raise UserError(f"--init {args.init}: holds {arch}, this run builds {args.arch}")
+    except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
+        raise UserError("--init {}: holds {arch} for {image_size} pixels, this run builds {} for {}"
+                        .format(args.init, args.arch, args.image_size, **checkpoint["args"]))
     vars(args).update({name: checkpoint["args"][name] for name in data.PRETRAINING})
+    if args.pretrain_size != args.image_size:
+        print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
+              f"{args.image_size}: the network pools at other places and sees other sizes")
 
 
 # ------------------------------------------------------------------------------ the run's folder
 
 def make_run_dir(args, classes):
-    """Set args.out to the run's folder, claimed by mkdir -> the state that --resume continues.
+    """Claim the run's folder and set args.out to it -> the state that --resume continues.
 
     It is --out, or the first new one of runs/<dataset>, runs/<dataset>-2, ...; with --resume, the
-    last of them that exists. state: log, classes, and for each phase begun its last epoch.
+    last of them that exists. The state is {"log": rows, "classes": names} and, for each phase
+    begun, {phase: its last epoch, model and optimizer}.
     """
     found = [None, {"log": [], "classes": classes}]
     if rank_and_world_size()[0] == 0:
-        first = Path(args.out or Path("runs") / Path(args.dataset).resolve().name).expanduser()
+        first = Path(args.out or f"runs/{Path(args.dataset).name}").expanduser()
         folders = [first] + [first.with_name(f"{first.name}-{i}") for i in range(2, 10_000)]
-        free = next(i for i, folder in enumerate(folders) if not folder.exists())
-        out = folders[0 if args.out else max(0, free - 1) if args.resume else free]
+        new = next(i for i, folder in enumerate(folders) if args.out or not folder.exists())
+        out = folders[max(0, new - 1) if args.resume else new]
         out.mkdir(parents=True, exist_ok=bool(args.out or args.resume))
         try:
             open(out / "log.csv", "a" if args.resume else "x").close()  # "x": no two runs share it
@@ -319,20 +329,22 @@ def make_run_dir(args, classes):
 
 def load_state(path, args, classes):
     """Read state.pt; if pre-training is to continue, fine-tuning starts anew."""
+    given, fixed = vars(args) | {"classes": classes}, ["classes", "recordings", "arch"]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        fixed = ("arch", "n_frames", "queue_size") if "pretrain" in state else ("arch",)
-        saved = {name: state["args"][name] for name in fixed}
-        saved["classes"], log = state["classes"], state["log"]
-    except Exception as e:
+        if "pretrain" in state:
+            fixed += ["n_frames", "queue_size"]  # the shape of the queue
+        saved = state["args"] | {"classes": state["classes"]}
+        changed = [name for name in fixed if saved[name] != given[name]]
+        pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
+    except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume: {path}: {data.format_error(e)}")
-    given = vars(args) | dict(classes=classes)
-    for name, value in saved.items():
-        if value != given[name]:
-            raise UserError(f"--resume: {path} has {name} {value}, not {given[name]}")
-    if state.get("pretrain", {"epoch": 0})["epoch"] < args.pretrain_epochs and not args.init:
+    if changed:
+        name = changed[0]
+        raise UserError(f"--resume: {path} was made with {name} {saved[name]}, not {given[name]}")
+    if not args.init and len(pretrain_log) < args.pretrain_epochs:
         state.pop("finetune", None)
-        state["log"] = [row for row in log if row["phase"] == "pretrain"]
+        state["log"] = pretrain_log
     return state
 
 
@@ -345,7 +357,7 @@ def save(name, args, content):
 
 
 def write_log(args, log):
-    """Write log.csv, a row per epoch."""
+    """Write log.csv, a row per epoch, with the columns of the last one."""
     if rank_and_world_size()[0] == 0:
         with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
             writer = csv.DictWriter(f, log[-1])  # earlier rows may lack a new column
@@ -387,42 +399,42 @@ def in_range(kind, low, high=math.inf):
     return number
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def parse_args(argv):
     """Parse the flags; their defaults are the row of data.DATASETS that --dataset selects."""
-    dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    dataset.add_argument("--dataset", default="toy", help="toy, cifar10dvs, dvsgesture, "
-                         "ncaltech101, nmnist, or a folder of recordings")
-    parser = argparse.ArgumentParser(parents=[dataset], description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
-    positive, share, rate = in_range(int, 1), in_range(float, 0, 1), in_range(float, 1e-9)
-
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", default="toy", type=data.resolve,
+                        help=f"{', '.join(data.DATASETS)}, or a folder of recordings")
+    dataset = parser.parse_known_args(argv)[0].dataset  # before the flags that it has defaults for
+    parser.set_defaults(**data.default_config(dataset))
+    parser.add_argument("-h", "--help", action="help", help="show this text and stop")
+    positive, learning_rate = in_range(int, 1), in_range(float, 1e-9)
     add = parser.add_argument_group("data").add_argument
     add("--root", default="data", help="folder of downloads and cached frames")
     add("--n-frames", type=positive, help="time steps T that a recording is cut into")
+    add("--frames-by", choices=("count", "time"), help="frames of equal events or equal duration")
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size of a folder's sensor; None: the largest coordinates")
     add("--labels-per-class", type=in_range(int, 0), help="for fine-tuning; 0: all")
+    add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model and its pre-training, without labels").add_argument
     add("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
-    add = parser.add_argument_group("pre-training, without labels").add_argument
     add("--pretrain-epochs", type=in_range(int, 0), help="0: fine-tune from scratch")
-    add("--pretrain-lr", type=rate, help="peak learning rate")
+    add("--pretrain-lr", type=learning_rate, help="peak learning rate")
     add("--queue-size", type=positive, help="negatives K, well below the number of recordings")
-    add("--momentum", type=share, help="of the key encoder; 0: a copy, 1: frozen")
+    add("--momentum", type=in_range(float, 0, 1), help="of the key encoder; 0: a copy, 1: frozen")
     add("--temperature", type=in_range(float, 1e-3), help="of InfoNCE")
     add("--alpha", type=in_range(float, 0), help="weight of MBC, InfoNCE of the average over time")
     add("--beta", type=in_range(float, 0), help="weight of MAC, average over time of InfoNCE")
+    add("--pretrain-on", type=data.resolve, help="pre-train on this folder or data set instead")
     add("--init", help="fine-tune the encoder of this checkpoint instead of pre-training one")
     add = parser.add_argument_group("fine-tuning, with labels").add_argument
     add("--epochs", type=in_range(int, 0), help="0: pre-train only")
-    add("--lr", type=rate, help="peak learning rate")
-    add = parser.add_argument_group("optimiser: AdamW, warm-up and cosine, twice").add_argument
+    add("--lr", type=learning_rate, help="peak learning rate")
+    add = parser.add_argument_group("AdamW, in both").add_argument
     add("--weight-decay", type=in_range(float, 0), help="of matrices and kernels only")
     add("--batch-size", type=positive, help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
@@ -432,10 +444,15 @@ def parse_args(argv):
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
-
-    name = dataset.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**data.default_config(name), pretrained_on=name)
     args = parser.parse_args(argv)
+    check_args(args, parser)
+    return args
+
+
+def check_args(args, parser):
+    """Refuse combinations of flags that cannot work."""
+    if args.columns and sorted(args.columns) != sorted("xytp"):
+        parser.error(f"--columns {args.columns}: an order of x, y, t and p, as xytp")
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
@@ -445,10 +462,10 @@ def parse_args(argv):
             models.build(args.arch, 128)
     except ValueError as e:
         parser.error(f"--arch: {e}")
-    return args
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
     try:
         main()
     except (UserError, OSError) as e:
