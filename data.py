@@ -357,18 +357,14 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
     n, labels = len(labels), labels.to(frames.device)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     order = order[: n - n % world_size][rank::world_size].to(frames.device)
-    for index in split_into_batches(order, batch_size // world_size):
+    # Batches are as equal as possible, because a small last one would upset batch norm.
+    for index in order.tensor_split(math.ceil(len(order) / (batch_size // world_size))):
         x, y = frames.index_select(0, index), labels[index]  # integers [B, T, 2, H, W], [B]
         if torch.device(device).type == "cuda" and not x.is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # copied while the GPU is at work
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         x = x.transpose(0, 1)  # [T, B, 2, H, W]
         yield x.to(torch.float32, memory_format=torch.contiguous_format), y
-
-
-def split_into_batches(order, batch_size):
-    """Cut a tensor into batches of at most batch_size, equal enough for batch norm."""
-    return order.tensor_split(math.ceil(len(order) / batch_size))
 
 
 def to_gpu_if_fits(split, device):

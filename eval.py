@@ -449,6 +449,7 @@ def plot_spikes(results, rasters):
         ax.set_xlabel(label)
     raster.imshow(neurons.T.numpy(), "Greys", aspect="auto", interpolation="none",
                   extent=(0.5, T + 0.5, len(y) - 0.5, -0.5))
+    raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="C1", lw=0.8)  # between layers
     raster.set(title="16 neurons of each layer", xlabel="time step", yticks=y, yticklabels=names)
     raster.xaxis.get_major_locator().set_params(integer=True)
     return figure
