@@ -179,10 +179,12 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
         starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
     else:
         starts = np.arange(n_frames) * (n // n_frames)
-    frames = np.stack([np.bincount(part, minlength=2 * size * size)
-                       for part in np.split(pixel, starts[1:])])  # [n_frames, 2 * size * size]
-    dtype = np.uint8 if frames.max() < 256 else np.int16
-    return frames.clip(max=32767).astype(dtype).reshape(n_frames, 2, size, size)
+    frames = np.empty((n_frames, 2 * size * size), np.int16)
+    for frame, part in zip(frames, np.split(pixel, starts[1:])):
+        counts = np.bincount(part, minlength=len(frame))
+        frame[:] = counts if counts.max() < 32768 else counts.clip(max=32767)
+    frames = frames if frames.max() > 255 else frames.astype(np.uint8)
+    return frames.reshape(n_frames, 2, size, size)
 
 
 def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
