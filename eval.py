@@ -490,7 +490,7 @@ def parse_args(argv):
     add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")
     add("--json", metavar="FILE", help="write all numbers to this file")
-    add("--device", type=models.device, help="cpu or cuda[:N]",
+    add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
     args = parser.parse_args(argv)

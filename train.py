@@ -440,7 +440,7 @@ def parse_args(argv):
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order and views")
-    add("--device", type=models.device, help="cpu or cuda[:N]",
+    add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
