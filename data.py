@@ -86,9 +86,10 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
 
     name: a key of DATASETS, downloaded into root if missing, or a folder: see list_folder. n_frames
     and size (pixels) default to the data set's row; a folder's size to its sensor's, 128 at most,
-    and its sensor (W, H) to infer_sensor_size. frames_by: see to_frames; columns: the order of
-    plain [N, 4] arrays, as "xytp". test_only leaves out a folder's Train, or tests all recordings
-    of one without Train and Test. Frames are made once, by all cores, and cached in root/frames, by
+    and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings that cannot
+    be read, which otherwise are an error. frames_by: see to_frames; columns: the order of plain
+    [N, 4] arrays, as "xytp". test_only leaves out a folder's Train, or tests all recordings of one
+    without Train and Test. Frames are made once, by all cores, and cached in root/frames, by
     cache_key. Scripts call this under `if __name__ == "__main__":`: worker processes import them.
     """
     config, root = default_config(name), Path(root).expanduser()
@@ -102,11 +103,9 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural_key(r[2])))
 
     prefix = root / "frames" / Path(name).name
-    settings = dict(sensor=known_sensor or sensor or infer_sensor_size(
-        prefix, recordings, read, columns))
-    settings |= dict(
-        n_frames=n_frames or config["n_frames"], frames_by=frames_by,
-        size=size or config["image_size"] or min(128, max(8, *settings["sensor"])))
+    sensor = known_sensor or sensor or infer_sensor_size(prefix, recordings, read, columns)
+    settings = dict(n_frames=n_frames or config["n_frames"], frames_by=frames_by, sensor=sensor,
+                    size=size or config["image_size"] or min(128, max(8, *sensor)))
     path = Path(f"{prefix}-{cache_key(recordings, read, columns, **settings)}.npy")
     if not path.with_suffix(".json").exists():
         make_frames(path, recordings, read, **settings)
