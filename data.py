@@ -236,6 +236,10 @@ def warn_of_losses(facts, n_frames, size, sensor):
     for low, high in sorted(set(zip(lowest, highest))):
         if low < high and (low, high) != (0, 1):
             print(f"polarity: {low} is read as off, {high} as on")
+    off = {low for low, high in zip(lowest, highest) if low < high}
+    if n := sum(low == high > 0 and low in off for low, high in zip(lowest, highest)):
+        print(f"warning: {n} recordings have one polarity only, which is off in others: it is read "
+              "as on")
 
 
 def cache_key(recordings, read, *settings, **more):

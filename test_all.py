@@ -1607,9 +1607,13 @@ def test_own_polarity_is_off_for_the_smaller_value(tmp_path, capsys, low, high):
         write_npy(own / f"{name}.npy", coded)
     frames = data.load(own, tmp_path / "root", 2)[0].frames
     assert np.array_equal(frames[0], slow_frames(plain, 2, (12, 9), 12))
-    said = f"polarity: {low} is read as off, {high} as on" in capsys.readouterr().out
-    assert said == ((low, high) != (0, 1))
-    coded["polarity"][:2] = 7
+    out = capsys.readouterr().out
+    assert (f"polarity: {low} is read as off, {high} as on" in out) == ((low, high) != (0, 1))
+    coded["polarity"] = low
+    write_npy(own / "a" / "1.npy", coded)
+    data.load(own, tmp_path / "root", 2)
+    assert ("1 recordings have one polarity only" in capsys.readouterr().out) == (low > 0)
+    coded["polarity"][:2] = 7, 9
     write_npy(own / "a" / "0.npy", coded)
     with pytest.raises(data.UserError, match="more than two polarities"):
         data.load(own, tmp_path / "root", 2)
