@@ -23,14 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 # Defaults per data set: --dataset selects a row, any flag overrides one value.
 # Sources: [S] Spikformer's published schedule for CIFAR10-DVS, [N] NDA (Li et al. 2022, the best
 # policies for contrast and for labels), [E] EventRPG issue 1, [A] amazing-cls; the rest is chosen.
 # A queue stays well below the number of recordings, or positives return as negatives.
-STRONG_AUG = dict(num_ops=3, magnitude=2, flip=True, min_scale=0.5)  # [N], with crops
-MILD_AUG = dict(num_ops=1, magnitude=2, flip=True, min_scale=1.0)  # [N]
+STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
+MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
+# In place of NDA's steps, all of shift, size, rotation and shear at once, and no hole. No flip,
+# because left and right may differ: in gestures, digits, a folder.
+AFFINE_AUG = dict(num_ops=4, flip=False, min_scale=0.6, max_scale=1.6, shift=0.08, rotation=25,
+                  shear=0.25, cutout=0.0)
 DEFAULTS = dict(
     n_frames=16,  # [S]
     image_size=128,  # [S]
@@ -40,6 +45,7 @@ DEFAULTS = dict(
     pretrain_epochs=200,  # [A]
     pretrain_lr=1e-3,
     pretrain_aug=STRONG_AUG,
+    split_events=False,  # between the two views
     queue_size=4096,
     momentum=0.999,  # [A]
     temperature=0.1,
@@ -53,9 +59,13 @@ DEFAULTS = dict(
 )
 # what --init takes over from the run that pre-trained the encoder, beside its weights
 PRETRAINING = [key for key in DEFAULTS if key.startswith("pretrain")] + [
-    "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_on", "pretrain_size"]
-# Mild views [E] without a flip, because left and right may differ: in gestures, digits, a folder.
-NO_FLIP = dict(pretrain_aug=MILD_AUG | dict(flip=False), finetune_aug=MILD_AUG | dict(flip=False))
+    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_on",
+    "pretrain_size"]
+NO_FLIP = dict(pretrain_aug=MILD_AUG | dict(flip=False),  # mild [E]
+               finetune_aug=MILD_AUG | dict(flip=False))
+# Chosen on training recordings of N-MNIST that were held back; see docs/experiments.md.
+REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, momentum=0.99,
+            finetune_aug=MILD_AUG | dict(flip=False))
 DATASETS = {
     "toy": DEFAULTS | dict(
         n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=40,
@@ -63,13 +73,12 @@ DATASETS = {
     "cifar10dvs": DEFAULTS,
     "dvsgesture": DEFAULTS | NO_FLIP | dict(queue_size=512),
     "ncaltech101": DEFAULTS | dict(arch="sew-resnet-18"),  # the paper's best backbone there
-    "nmnist": DEFAULTS | NO_FLIP | dict(
+    "nmnist": DEFAULTS | REAL | dict(
         n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
 }
-# Chosen on N-MNIST's training recordings, a part of them held back. image_size None: the sensor's.
-FOLDER_DEFAULTS = DEFAULTS | NO_FLIP | dict(
-    n_frames=4, image_size=None, arch="spikformer-1-64", pretrain_epochs=60, queue_size=512,
-    epochs=100, lr=4e-3, batch_size=32)
+FOLDER_DEFAULTS = DEFAULTS | REAL | dict(
+    n_frames=4, image_size=None,  # None: the sensor's
+    arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32)
 
 # frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
 # names: "<class>/<file>" of each recording
@@ -380,59 +389,68 @@ def to_gpu_if_fits(split, device):
     return split._replace(frames=torch.as_tensor(split.frames).to(device))
 
 
-def augment(x, num_ops=3, magnitude=2, flip=True, min_scale=0.5):
-    """Draw a random view of every recording: x [T, B, 2, H, W] -> the same shape.
+def split_events(x):
+    """Deal the events of x [T, B, 2, H, W] at random to two halves of the same shape.
 
-    NDA (Li et al. 2022), which the paper builds on: a horizontal flip (p 0.5, if flip), a crop of
-    min_scale to 1 of the area, enlarged again (1: none), then num_ops of: shear by up to 0.15 N,
-    rotation by up to 15 N degrees, cutout of a square of 8 N pixels, roll by up to 1 + 2 N pixels,
-    where N = magnitude and pixels are those of a width of 128. One draw per recording holds for
-    all its time steps and both polarities.
-
-    Order: flip, shear, rotate + crop, cutout, roll. We invert them, last first, to find for every
-    output pixel the input pixel it comes from; one gather then does it all.
+    Two views made of them share no event, so that what a query and its key have in common is what
+    they show, and not the noise of one recording.
     """
-    T, B, C, H, W = x.shape
-    draw = draw_view(B, num_ops, magnitude, flip, min_scale, W, x.device)
-    v, u = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
-    # roll: u, v are the column and the row
-    u, v = (u - draw["roll"][0]) % W, (v - draw["roll"][1]) % H  # [B, H, W]
-    u, v = u - (W - 1) / 2, v - (H - 1) / 2  # from here on, counted from the image's centre
-    # cutout
-    hole_u, hole_v = draw["cutout_centre"][0] * W / 2, draw["cutout_centre"][1] * H / 2
-    visible = torch.maximum((u - hole_u).abs(), (v - hole_v).abs()) >= draw["cutout_half"]
-    # rotate + crop
-    cos, sin = draw["angle"].cos() * draw["side"], draw["angle"].sin() * draw["side"]
-    crop = draw["crop_centre"] * (1 - draw["side"])
-    u, v = cos * u - sin * v + crop[0] * W / 2, sin * u + cos * v + crop[1] * H / 2
-    # shear, flip
-    u = draw["mirror"] * (u + draw["shear"] * v)
-    # the nearest input pixel; 0 outside the image and in the hole
-    u, v = (u + (W - 1) / 2).round().long(), (v + (H - 1) / 2).round().long()
-    visible &= (u >= 0) & (u < W) & (v >= 0) & (v < H)
-    index = (v.clamp(0, H - 1) * W + u.clamp(0, W - 1)).flatten(1)  # [B, H*W]
-    index = index[None, :, None].expand(T, B, C, -1)  # [T, B, 2, H*W]
-    return x.flatten(3).gather(3, index).view(x.shape) * visible[None, :, None]
+    half = torch.binomial(x, torch.full_like(x, 0.5))
+    return half, x - half
 
 
-def draw_view(B, num_ops, magnitude, flip, min_scale, W, device):
-    """Draw the parameters of B views -> dict of tensors [B, 1, 1] or [2, B, 1, 1] (x and y)."""
+def augment(x, **ranges):
+    """Draw a random view of every recording: x [T, B, 2, H, H] -> the same shape.
+
+    One draw per recording holds for all its time steps and both polarities; for the ranges, see
+    draw_view. Order: flip, shear, crop with shift, rotation, hole. All but the hole are one matrix
+    theta, which says what each pixel (u, v) of the view shows: the pixel theta @ (u, v, 1) of the
+    image. Both run from -1 to 1.
+    """
+    T, B, C, H, _ = x.shape
+    draw = draw_view(B, x.device, **ranges)
+    cos, sin = draw["side"] * draw["angle"].cos(), draw["side"] * draw["angle"].sin()
+    mirror, zero, one = draw["mirror"], torch.zeros_like(cos), torch.ones_like(cos)
+    with torch.autocast(x.device.type, enabled=False):  # half precision would miss pixels
+        theta = matrices([mirror, mirror * draw["shear"]], [zero, one]) @ matrices(  # flip, shear
+            [cos, -sin, draw["centre"][0]], [sin, cos, draw["centre"][1]])  # crop, rotation
+        grid = F.affine_grid(theta, [B, 1, H, H], align_corners=False)  # [B, H, H, 2]
+    images = x.transpose(0, 1).flatten(1, 2)  # [B, T*2, H, H]
+    views = F.grid_sample(images, grid, mode="nearest", align_corners=False)  # [B, T*2, H, H]
+    # hole
+    middle = (2 * torch.arange(H, device=x.device) + 1) / H - 1  # of each pixel, from -1 to 1
+    far_u, far_v = ((middle - c[:, None]).abs() >= draw["half_hole"][:, None] for c in draw["hole"])
+    views = views * (far_u[:, None] | far_v[:, :, None])[:, None]
+    return views.unflatten(1, (T, C)).transpose(0, 1)  # [T, B, 2, H, H]
+
+
+def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shift=0.04,
+              rotation=30, shear=0.3, cutout=0.125):
+    """Draw the parameters of B views -> dict of tensors [B], or [2, B] (x and y).
+
+    Those of NDA (Li et al. 2022), which the paper builds on; the defaults are its N = 2, with
+    crops: a horizontal flip (p 0.5, if flip); a crop of min_scale to max_scale of the image's area,
+    enlarged again (1: none, above 1: the image shrinks); and num_ops of these four: a shift by up
+    to `shift` of the image's side (NDA: what leaves enters again), a rotation by up to `rotation`
+    degrees, a shear by up to `shear` columns a row, and a square hole of `cutout` of the side.
+    """
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
 
-    chosen = torch.rand(B, 4, device=device).argsort(1) < num_ops  # [B, 4], num_ops of them true
-    roll, rotate, cutout, shear = chosen.float().T[..., None, None]  # each [B, 1, 1], 0 or 1
-    pixel = W / 128
+    shifted, rotated, sheared, cut = torch.rand(4, B, device=device).argsort(0) < num_ops  # [B]
+    side = (min_scale + torch.rand(B, device=device) * (max_scale - min_scale)).sqrt()
     return dict(
-        roll=(uniform(2, B, 1, 1) * roll * (1 + 2 * magnitude) * pixel).round(),  # pixels
-        cutout_centre=uniform(2, B, 1, 1),  # -1 and 1: on the image's borders
-        cutout_half=cutout * 4 * magnitude * pixel,  # half the hole's side in pixels
-        side=(1 - torch.rand(B, 1, 1, device=device) * (1 - min_scale)).sqrt(),  # crop's by image's
-        angle=uniform(B, 1, 1) * rotate * math.radians(15 * magnitude),
-        shear=uniform(B, 1, 1) * shear * 0.15 * magnitude,
-        mirror=torch.where(torch.rand(B, 1, 1, device=device) < 0.5 * flip, -1.0, 1.0),
-        crop_centre=uniform(2, B, 1, 1),  # -1 and 1: the crop touches the image's borders
-    )
+        side=side,  # of the crop, by the image's
+        centre=(1 - side) * uniform(2, B) + 2 * shift * shifted * uniform(2, B),  # of the crop
+        angle=math.radians(rotation) * rotated * uniform(B),
+        shear=shear * sheared * uniform(B),
+        mirror=torch.where(torch.rand(B, device=device) < 0.5 * flip, -1.0, 1.0),
+        hole=uniform(2, B), half_hole=cutout * cut)
+
+
+def matrices(*rows):
+    """Stack rows of entries, each [B], to matrices [B, rows, columns]."""
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 # ---------------------------------------------------------- where recordings come from: toy data

@@ -92,25 +92,9 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
 
 
 def linear_probe_accuracy(train_features, train_labels, test_features, test_labels):
-    """Fit a linear classifier to features [N, D], test it on [M, D] -> accuracy, 0 to 1.
-
-    Standardised features, cross-entropy with an L2 penalty, at most 200 iterations of L-BFGS.
-    """
-    mean, std = train_features.mean(0), train_features.std(0, unbiased=False) + 1e-6
-    train_features, test_features = (train_features - mean) / std, (test_features - mean) / std
-    head = torch.nn.Linear(train_features.shape[1], int(train_labels.max()) + 1)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(train_features), train_labels)
-        loss = loss + 1e-3 / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return (head(test_features).argmax(1) == test_labels).float().mean().item()
+    """Fit a linear classifier to features [N, D], test it on [M, D] -> accuracy, 0 to 1."""
+    classifier = models.fit_linear(train_features, train_labels, int(train_labels.max()) + 1)
+    return (classifier(test_features).argmax(1) == test_labels).float().mean().item()
 
 
 def alignment_uniformity(a, b, z):
@@ -196,8 +180,9 @@ def summarise(layers, spikes, T, N):
 
 def evaluate(path, args):
     """Evaluate a checkpoint -> (results: a dict of all numbers, plots: what the pictures need)."""
-    model, checkpoint = load_model(path, args.device)
+    model, checkpoint = models.load_model(path, args.device)
     train_args, classes, kind = (checkpoint[k] for k in ("args", "classes", "kind"))
+    models.limit_threads(train_args["image_size"])  # as train.py
     train, test = load_data(path, checkpoint, args)
     train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
 
@@ -214,8 +199,10 @@ def evaluate(path, args):
         results |= accuracy_metrics(outputs, order[test_labels], classes)
 
     # the frozen encoder
-    encoder = model.encoder if kind == "finetuned" else model
-    features = models.predict(encoder, batches(test)).mean(0)  # [N, D]
+    encoder, features = model, outputs.mean(0)  # [N, D]
+    if kind == "finetuned":
+        encoder = model.encoder
+        features = models.predict(encoder, batches(test)).mean(0)
     train_features = features[:0]
     if len(train_labels):
         train_features = models.predict(encoder, batches(train)).mean(0)
@@ -233,16 +220,6 @@ def evaluate(path, args):
     views = [models.predict(encoder, ((view(x), y) for x, y in batches(test))) for _ in range(2)]
     results |= alignment_uniformity(views[0].mean(0), views[1].mean(0), features)
     return results, dict(test=test, view=view, features=features, rasters=rasters)
-
-
-def load_model(path, device):
-    """Rebuild the network of a checkpoint -> (network, checkpoint). Raises UserError."""
-    try:
-        model, checkpoint = models.load_model(path, device)
-    except ValueError as e:
-        raise UserError(e)
-    models.limit_threads(checkpoint["args"]["image_size"])  # as train.py
-    return model, checkpoint
 
 
 def load_data(path, checkpoint, args):
@@ -271,8 +248,9 @@ def load_data(path, checkpoint, args):
 
 def predict_files(args):
     """Classify files, or all recordings below folders -> [{path, predicted, probability}]."""
-    model, checkpoint = load_model(args.ckpt[0], args.device)
+    model, checkpoint = models.load_model(args.ckpt[0], args.device)
     train_args, classes = checkpoint["args"], checkpoint["classes"]
+    models.limit_threads(train_args["image_size"])
     if checkpoint["kind"] != "finetuned":
         raise UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
     files, rows = [], []
@@ -418,6 +396,7 @@ def plot_curves(results):
     with open(Path(results["path"]).with_name("log.csv")) as f:
         for row in csv.DictReader(f):
             log[row["phase"]].append(row)
+    log.pop("test", None)
     chance = dict(pretrain=chance_level(args["queue_size"], args["alpha"], args["beta"]),
                   finetune=math.log(len(results["classes"])))
     meaning = dict(pretrain="own key nearer than the queue", finetune="training recordings")

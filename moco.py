@@ -38,10 +38,7 @@ class MoCo(nn.Module):
                              f"got {queue_size}, {momentum}, {temperature}")
         self.momentum, self.temperature = momentum, temperature
         self.alpha, self.beta = alpha, beta
-        # The paper does not describe its head; this is MoCo v2's, applied to each time step.
-        D = encoder.dim
-        head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, dim))
-        self.encoder_q = nn.Sequential(encoder, head)
+        self.encoder_q = nn.Sequential(encoder, ProjectionHead(encoder.dim, dim))
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", torch.empty(queue_size, 0, dim))  # T = 0: not known yet
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # slot of the oldest
@@ -96,6 +93,24 @@ class MoCo(nn.Module):
         # Not in place: the backward pass of the loss still needs the queue as it was.
         self.queue = self.queue.index_copy(0, slots, k)
         self.queue_ptr.copy_((self.queue_ptr + len(k)) % K)
+
+
+class ProjectionHead(nn.Module):
+    """Project features to embeddings, at each time step: [T, B, D] -> [T, B, dim].
+
+    The paper does not describe its head. Chosen: SimCLR's (Chen et al. 2020), with a batch norm
+    after both linear layers, over all T * B rows; docs/experiments.md compares it with MoCo v2's,
+    which has none.
+    """
+
+    def __init__(self, D, dim, hidden=512):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(D, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+
+    def forward(self, features):
+        return self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # [T, B, dim]
 
 
 @torch.compiler.disable  # communication stays outside of compiled graphs

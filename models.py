@@ -17,6 +17,7 @@ import os
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from neuron import LIF
@@ -216,12 +217,36 @@ def predict(model, batches):
     return torch.cat(outputs, 1)
 
 
+def fit_linear(features, labels, num_classes):
+    """Fit a linear classifier to features [N, D] with labels [N] -> nn.Linear, on the CPU.
+
+    Cross-entropy with an L2 penalty on standardised features, at most 200 iterations of L-BFGS.
+    """
+    mean, std = features.mean(0), features.std(0) + 1e-3  # those that hardly vary stay small
+    head = nn.Linear(features.shape[1], num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head((features - mean) / std), labels)
+        loss = loss + 1e-3 / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    with torch.no_grad():  # from now on for features as they are
+        head.weight /= std
+        head.bias -= head.weight @ mean
+    return head
+
+
 def load_model(path, device="cpu"):
     """Rebuild the network of a checkpoint -> (network in evaluation mode, checkpoint).
 
     The network is the encoder for pretrained.pt, a Classifier for finetuned.pt; the checkpoint is a
     dict of kind, args, classes and weights. No code of an untrusted file runs. Raises OSError if
-    there is no such file, ValueError if it does not fit this code.
+    there is no such file or it does not fit this code.
     """
     open(path, "rb").close()  # an OSError that names the file, which torch.load's may not
     try:
@@ -232,5 +257,5 @@ def load_model(path, device="cpu"):
         model.load_state_dict(checkpoint["weights"])
     except Exception as e:  # there is no list of all that a foreign file may raise
         reason = f"{type(e).__name__}: {e}".split("\n")[0].split(". ")[0]
-        raise ValueError(f"{path}: not a checkpoint of this train.py ({reason})")
+        raise OSError(f"{path}: not a checkpoint of this train.py ({reason})")
     return model.to(device).eval(), checkpoint

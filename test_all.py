@@ -451,7 +451,7 @@ def test_models_load_model_refuses_other_files_and_runs_no_code(tmp_path):
             b"# NeuroMoCo\n\nSelf-supervised pre-training.\n", b"", pickle.dumps(Attack(), 2),
             Attack(), [1, 2], dict(kind="pretrained", args=args, weights={})):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(OSError) as error:
             models.load_model(path)
         message = str(error.value)
         assert message.startswith(f"{path}: not a checkpoint of this train.py (")
@@ -595,8 +595,9 @@ def test_data_batches_hold_every_recording_once(n, world_size, shuffle):
 
 
 def test_data_augment_draws_one_view_per_recording():
-    x = torch.poisson(torch.full((1, 6, 1, 32, 32), 0.3)).expand(4, 6, 2, 32, 32).contiguous()
-    assert torch.equal(data.augment(x, num_ops=0, flip=False, min_scale=1.0), x)
+    for size in (17, 32, 128):
+        x = torch.poisson(torch.full((1, 6, 1, size, size), 0.3)).expand(4, 6, 2, size, size)
+        assert torch.equal(data.augment(x, num_ops=0, flip=False, min_scale=1.0), x)
     y = data.augment(x)
     assert y.shape == x.shape and not torch.equal(y, data.augment(x))
     assert torch.equal(y, y[:1, :, :1].expand_as(y))  # the same for all times, both polarities
@@ -606,41 +607,44 @@ def test_data_augment_draws_one_view_per_recording():
 
 
 def test_data_views_are_drawn_from_their_ranges():
-    draw = data.draw_view(10_000, 1, 2, True, 0.25, 128, "cpu")
-    reach = dict(roll=5, angle=math.radians(30), shear=0.3, cutout_half=8)  # in a width of 128
+    draw = data.draw_view(10_000, "cpu", 1, True, 1.0, 1.0, 0.1, 30, 0.3, 0.2)
+    reach = dict(centre=0.2, angle=math.radians(30), shear=0.3, half_hole=0.2)
     for key, most in reach.items():
         values = draw[key].view(-1, 10_000)
-        least = 0 if key == "cutout_half" else -most
+        least = 0 if key == "half_hole" else -most
         assert [values.min(), values.max()] == pytest.approx([least, most], rel=0.01)
         used = (values != 0).any(0).float().mean()  # by every fourth view, as num_ops is 1
         assert used == pytest.approx(0.25, abs=0.03)
-    area = draw["side"] ** 2
-    assert 0.25 <= area.min() < 0.26 and 0.61 < area.mean() < 0.64 and 0.99 < area.max() <= 1
     assert draw["mirror"].unique().tolist() == [-1, 1] and draw["mirror"].mean().abs() < 0.05
+    assert [draw["hole"].min(), draw["hole"].max()] == pytest.approx([-1, 1], abs=0.01)
+    draw = data.draw_view(10_000, "cpu", 0, False, 0.25, 2.25)
+    area, room = draw["side"] ** 2, (1 - draw["side"]).abs()
+    assert 0.25 <= area.min() < 0.26 and 1.2 < area.mean() < 1.3 and 2.24 < area.max() <= 2.25
+    assert (draw["centre"].abs() <= room + 1e-6).all() and (draw["mirror"] == 1).all()
+    assert (draw["centre"].abs() > 0.95 * room).float().mean() == pytest.approx(0.05, abs=0.02)
 
 
 def test_data_augment_equals_one_operation_after_the_other(monkeypatch):
-    """Flip, shear, crop, rotate, cutout, roll: any of them, each as plain indexing of 9 x 9."""
-    # Not shear beside crop: one look-up rounds to other neighbours than two.
-    chosen = [c for c in itertools.product([0.0, 1.0], repeat=6) if not (c[1] and c[2])]
-    flip, shear, crop, rotate, cutout, roll = torch.tensor(chosen).T[..., None, None]
-    opposite = torch.tensor([1.0, -1.0])[:, None, None, None]  # x and y
+    """Flip, shear, shift, crop, rotate, hole: any of them, each as plain indexing of 9 x 9."""
+    # Not shear beside shift or crop: one look-up loses less at the border, and rounds otherwise.
+    chosen = [c for c in itertools.product([0.0, 1.0], repeat=6) if not (c[1] and any(c[2:4]))]
+    flip, shear, shift, crop, rotate, cut = torch.tensor(chosen).T
+    pixel = 2 / 9  # where the image's sides are from -1 to 1
     monkeypatch.setattr(data, "draw_view", lambda *_: dict(
-        mirror=1 - 2 * flip, shear=shear, side=1 - crop * 2 / 3, crop_centre=-opposite,
-        angle=rotate * math.pi / 2, cutout_half=2 * cutout, cutout_centre=opposite / 2,
-        roll=torch.stack([2 * roll, -3 * roll])))
+        mirror=1 - 2 * flip, shear=shear, angle=rotate * math.pi / 2, side=1 - crop * 2 / 3,
+        centre=torch.stack([-2 * pixel * shift - 2 / 3 * crop, -3 * pixel * shift + 2 / 3 * crop]),
+        half_hole=2 * pixel * cut, hole=torch.tensor([[0.5], [-0.5]]).expand(2, len(chosen))))
     x, hole = torch.rand(2, len(chosen), 2, 9, 9) + 0.1, F.pad(torch.ones(4, 4), (5, 0, 0, 5)) > 0
     views = data.augment(x)
-    for i, (flip, shear, crop, rotate, cutout, roll) in enumerate(chosen):
+    for i, (flip, shear, shift, crop, rotate, cut) in enumerate(chosen):
         y = x[:, i].flip(-1) if flip else x[:, i]  # [T, 2, H, W]
         if shear:  # a row moves by its distance from the middle
             y = torch.stack([F.pad(y, (4, 4))[..., r, r : r + 9] for r in range(9)], -2)
+        y = F.pad(y, (2, 0, 3, 0))[..., :9, :9] if shift else y  # to the right, and down
         if crop:  # the lower left third
             y = y[..., 6:, :3].repeat_interleave(3, -1).repeat_interleave(3, -2)
         y = torch.rot90(y, 1, (-2, -1)) if rotate else y
-        y = y.masked_fill(hole, 0) if cutout else y
-        y = y.roll((-3, 2), (-2, -1)) if roll else y
-        assert torch.equal(views[:, i], y), chosen[i]
+        assert torch.equal(views[:, i], y.masked_fill(hole, 0) if cut else y), chosen[i]
 
 
 def make_folder(tmp_path, n=3, suffix=".npy", parts=("Train", "Test"), **settings):
@@ -1043,9 +1047,10 @@ def same_run(a, b):
 
 
 def read_log(folder):
-    """Read log.csv without the column seconds."""
+    """Read the epochs of log.csv, without the column seconds."""
     with open(folder / "log.csv") as f:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
+        rows = [row for row in csv.DictReader(f) if row["phase"] != "test"]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="session")
@@ -1230,7 +1235,9 @@ class OneDevice(TorchDispatchMode):
 def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
     """Asking a device without values for one raises: the end of an epoch does, nothing before."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    args = data.FOLDER_DEFAULTS | dict(device="meta", batch_size=3, no_compile=True, seed=0)
+    monkeypatch.setattr(train, "fit_head", lambda *_: None)  # before the loop, on the CPU
+    args = data.FOLDER_DEFAULTS | dict(
+        device="meta", batch_size=3, no_compile=True, seed=0, init=None)
     frames = torch.empty(6, 4, 2, size, size, dtype=torch.uint8, device="meta")
     split = data.Split(frames, np.zeros(6, int), ["a", "b"])
     for phase in (train.pretrain, train.finetune):
@@ -1305,6 +1312,8 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
     def epochs(*flags):
         lines = run_tiny(shapes, run, "--resume", *flags)
         assert lines[-1] == run_eval(run / "finetuned.pt")[0][-1]  # test accuracy ...
+        test = (run / "log.csv").read_text().splitlines()[-1]
+        assert re.fullmatch(rf"test,,,{float(lines[-1].split()[2]) / 100:.4f},+", test)
         return [line.split(":")[0] for line in lines if re.match(r"(pretrain|finetune) \d", line)]
     assert epochs() == [] and same_run(whole, run)
     rates = [row["lr"] for row in read_log(run)]

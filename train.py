@@ -7,7 +7,7 @@
     python train.py --dataset cifar10dvs --help               # all flags, with its defaults
 
 A run's folder holds pretrained.pt and finetuned.pt (weights of the last epoch, and all that eval.py
-needs), log.csv (a row per epoch) and state.pt (all that --resume needs).
+needs), log.csv (a row per epoch, and the test) and state.pt (all that --resume needs).
 Tests: python -m pytest test_all.py -k train
 """
 import argparse
@@ -69,6 +69,8 @@ def main(argv=None):
     # ============ the only look at the test recordings ============
     logits = models.predict(classifier, data.batches(test, args.batch_size, args.device)).mean(0)
     correct = (logits.argmax(1) == torch.tensor(test.labels)).sum().item()
+    row = dict(phase="test", accuracy=f"{correct / len(logits):.4f}")
+    write_log(args, state["log"] + [dict.fromkeys(state["log"][-1], "") | row])
     print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/finetuned.pt")
     print(accuracy_line(100 * correct / len(logits), len(logits)))
 
@@ -82,8 +84,9 @@ def pretrain(encoder, train, args, state):
     model = wrap_model(moco, args)
 
     def compute_loss(x, y):
-        view_q = data.augment(x, **args.pretrain_aug)
-        view_k = data.augment(x, **args.pretrain_aug)
+        x_q, x_k = data.split_events(x) if args.split_events else (x, x)
+        view_q = data.augment(x_q, **args.pretrain_aug)
+        view_k = data.augment(x_k, **args.pretrain_aug)
         loss = model(view_q, view_k)
         return loss, moco.accuracy
 
@@ -114,6 +117,8 @@ def finetune(encoder, labelled, args, state):
     """Train encoder and linear head by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
     classifier = models.Classifier(encoder, len(labelled.classes)).to(args.device)
+    if args.init or args.pretrain_epochs:
+        fit_head(classifier, labelled, args)
     model = wrap_model(classifier, args)
 
     def compute_loss(x, y):
@@ -125,6 +130,20 @@ def finetune(encoder, labelled, args, state):
     save("finetuned.pt", args, dict(
         kind="finetuned", classes=labelled.classes, weights=classifier.state_dict()))
     return classifier
+
+
+def fit_head(classifier, labelled, args):
+    """Fit the head to the frozen encoder's features of about 1,000 views, at least one of each.
+
+    The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
+    """
+    passes = math.ceil(1000 / len(labelled.labels))
+    views = ((data.augment(x, **args.finetune_aug), y) for _ in range(passes)
+             for x, y in data.batches(labelled, args.batch_size, args.device))
+    features = models.predict(classifier.encoder, views).mean(0)  # [passes * N, D]
+    labels = torch.tensor(labelled.labels).repeat(passes)
+    head = models.fit_linear(features, labels, len(labelled.classes))
+    classifier.head.load_state_dict(head.state_dict())
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
@@ -281,12 +300,10 @@ def few_shot_subset(train, labels_per_class, seed):
 
 def load_pretrained_encoder(encoder, args):
     """Copy the encoder of the checkpoint --init, of either kind, and the flags that made it."""
+    source, checkpoint = models.load_model(args.init)
+    source = source.encoder if checkpoint["kind"] == "finetuned" else source
     try:
-        source, checkpoint = models.load_model(args.init)
-        source = source.encoder if checkpoint["kind"] == "finetuned" else source
         encoder.load_state_dict(source.state_dict())
-    except ValueError as e:
-        raise UserError(f"--init {e}")
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
         raise UserError("--init {}: holds {arch} for {image_size} pixels, this run builds {} for {}"
                         .format(args.init, args.arch, args.image_size, **checkpoint["args"]))
@@ -357,7 +374,7 @@ def save(name, args, content):
 
 
 def write_log(args, log):
-    """Write log.csv, a row per epoch, with the columns of the last one."""
+    """Write log.csv, with the columns of the last row."""
     if rank_and_world_size()[0] == 0:
         with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
             writer = csv.DictWriter(f, log[-1])  # earlier rows may lack a new column
@@ -424,6 +441,8 @@ def parse_args(argv):
     add("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
     add("--pretrain-epochs", type=in_range(int, 0), help="0: fine-tune from scratch")
     add("--pretrain-lr", type=learning_rate, help="peak learning rate")
+    add("--split-events", action=argparse.BooleanOptionalAction,
+        help="deal the events of a recording to the two views, which then share none")
     add("--queue-size", type=positive, help="negatives K, well below the number of recordings")
     add("--momentum", type=in_range(float, 0, 1), help="of the key encoder; 0: a copy, 1: frozen")
     add("--temperature", type=in_range(float, 1e-3), help="of InfoNCE")
