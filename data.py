@@ -226,17 +226,14 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
 
 
 def frames_and_facts(events, key, **settings):
-    """Make the frames of a recording -> frames, (events, lost events, lowest, highest polarity)."""
-    frames, n, p = to_frames(events, **settings), len(events), events["p"]
-    return frames, (n, n - int(frames.sum(dtype=int)), int(p.min()), int(p.max()))
+    """Make the frames of a recording -> frames, (events, lowest, highest polarity)."""
+    p = events["p"]
+    return to_frames(events, **settings), (len(events), int(p.min()), int(p.max()))
 
 
 def warn_of_losses(facts, n_frames, size, sensor):
     """Print what the frames do not show, and how a polarity other than 0 and 1 is read."""
-    events, lost, lowest, highest = zip(*facts) if facts else ([], [], [], [])
-    if any(lost):
-        print(f"warning: {100 * sum(lost) / sum(events):.2g} % of the events are lost, because a "
-              "pixel counts 32,767 at most")
+    events, lowest, highest = zip(*facts) if facts else ([], [], [])
     if few := sum(n < n_frames for n in events):
         print(f"warning: {few} recordings have fewer events than the {n_frames} frames")
     if size > max(sensor):
@@ -409,11 +406,14 @@ def augment(x, **ranges):
     """
     T, B, C, H, _ = x.shape
     draw = draw_view(B, x.device, **ranges)
+    # crop, shift, rotation
     cos, sin = draw["side"] * draw["angle"].cos(), draw["side"] * draw["angle"].sin()
-    mirror, zero, one = draw["mirror"], torch.zeros_like(cos), torch.ones_like(cos)
+    row_u = torch.stack([cos, -sin, draw["centre"][0]], 1)  # [B, 3]
+    row_v = torch.stack([sin, cos, draw["centre"][1]], 1)  # [B, 3]
+    # shear, flip
+    row_u = draw["mirror"][:, None] * (row_u + draw["shear"][:, None] * row_v)
+    theta = torch.stack([row_u, row_v], 1)  # [B, 2, 3]
     with torch.autocast(x.device.type, enabled=False):  # half precision would miss pixels
-        theta = matrices([mirror, mirror * draw["shear"]], [zero, one]) @ matrices(  # flip, shear
-            [cos, -sin, draw["centre"][0]], [sin, cos, draw["centre"][1]])  # crop, rotation
         grid = F.affine_grid(theta, [B, 1, H, H], align_corners=False)  # [B, H, H, 2]
     images = x.transpose(0, 1).flatten(1, 2)  # [B, T*2, H, H]
     views = F.grid_sample(images, grid, mode="nearest", align_corners=False)  # [B, T*2, H, H]
@@ -446,11 +446,6 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
         shear=shear * sheared * uniform(B),
         mirror=torch.where(torch.rand(B, device=device) < 0.5 * flip, -1.0, 1.0),
         hole=uniform(2, B), half_hole=cutout * cut)
-
-
-def matrices(*rows):
-    """Stack rows of entries, each [B], to matrices [B, rows, columns]."""
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 # ---------------------------------------------------------- where recordings come from: toy data

@@ -142,14 +142,23 @@ def channels_last(x):
 
 
 class Classifier(nn.Module):
-    """Encoder and linear head: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T."""
+    """Encoder and linear head: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
-    def __init__(self, encoder, num_classes):
+    freeze_norm: in training, too, batch norm uses the statistics that it has, because those of a
+    few labelled recordings are too far from those that the encoder was pre-trained with.
+    """
+
+    def __init__(self, encoder, num_classes, freeze_norm=False):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.freeze_norm = encoder, freeze_norm
         self.head = nn.Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.freeze_norm)
+        return self
 
     def forward(self, x):
         return self.head(self.encoder(x))  # [T, B, num_classes]

@@ -606,6 +606,14 @@ def test_data_augment_draws_one_view_per_recording():
     assert len({view.numpy().tobytes() for view in views}) == 6  # different between recordings
 
 
+def test_data_split_events_deals_each_event_to_one_half():
+    x = torch.poisson(torch.full((4, 6, 2, 32, 32), 3.0))
+    a, b = data.split_events(x)
+    assert torch.equal(a + b, x) and torch.equal(a, a.round()) and min(a.min(), b.min()) == 0
+    assert a.sum() / x.sum() == pytest.approx(0.5, abs=0.01)
+    assert (a - b).square().sum() / x.sum() == pytest.approx(1, abs=0.03)  # one by one
+
+
 def test_data_views_are_drawn_from_their_ranges():
     draw = data.draw_view(10_000, "cpu", 1, True, 1.0, 1.0, 0.1, 30, 0.3, 0.2)
     reach = dict(centre=0.2, angle=math.radians(30), shear=0.3, half_hole=0.2)
@@ -1003,7 +1011,7 @@ def test_eval_energy_does_not_depend_on_batches():
 
 HERE = Path(train.__file__).parent
 TINY = ("--arch spikformer-1-16 --n-frames 2 --image-size 16 --batch-size 6 --queue-size 8 "
-        "--pretrain-epochs 2 --epochs 2 --lr 0.02 --device cpu --no-compile").split()
+        "--pretrain-epochs 2 --epochs 2 --lr 0.002 --device cpu --no-compile").split()
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 load = functools.partial(torch.load, weights_only=True)
 
@@ -1221,6 +1229,22 @@ def test_train_labels_per_class(shapes):
     assert printed(train.few_shot_subset, split, 21, 0)[0] == warnings
 
 
+def test_train_fits_the_head_to_the_frozen_encoder_first(shapes, whole, monkeypatch):
+    split = data.load(shapes, shapes.parent / "root", 2, 16)[0]
+    encoder = Linear(16, 8)
+    before, saved = copy.deepcopy(encoder.state_dict()), load(whole / "finetuned.pt")["args"]
+    monkeypatch.setattr(train, "train_phase", lambda *_: None)
+    monkeypatch.setattr(train, "save", lambda *_: None)
+    accuracy = {}
+    for epochs in 2, 0:
+        args = types.SimpleNamespace(**saved | dict(pretrain_epochs=epochs))
+        net = train.finetune(encoder, split, args, {})
+        logits = models.predict(net, data.batches(split, 6)).mean(0)
+        accuracy[epochs] = (logits.argmax(1) == torch.tensor(split.labels)).float().mean()
+    assert accuracy[2] > 0.6 > accuracy[0]  # from scratch: a random head
+    assert equal(encoder.state_dict(), before)
+
+
 class OneDevice(TorchDispatchMode):
     """Raise where an operation on the device without values (meta) meets a tensor on the CPU."""
 
@@ -1237,7 +1261,7 @@ def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monke
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(train, "fit_head", lambda *_: None)  # before the loop, on the CPU
     args = data.FOLDER_DEFAULTS | dict(
-        device="meta", batch_size=3, no_compile=True, seed=0, init=None)
+        device="meta", batch_size=3, no_compile=True, seed=0, init=None, split_events=False)
     frames = torch.empty(6, 4, 2, size, size, dtype=torch.uint8, device="meta")
     split = data.Split(frames, np.zeros(6, int), ["a", "b"])
     for phase in (train.pretrain, train.finetune):
@@ -1317,7 +1341,7 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
         return [line.split(":")[0] for line in lines if re.match(r"(pretrain|finetune) \d", line)]
     assert epochs() == [] and same_run(whole, run)
     rates = [row["lr"] for row in read_log(run)]
-    assert rates == ["1.00e-03", "5.00e-04", "2.00e-02", "1.00e-02"]
+    assert rates == ["2.00e-03", "1.00e-03"] * 2
     more = ["--epochs", "4", "--weight-decay", "0.5"]
     assert epochs(*more) == ["finetune 3/4", "finetune 4/4"]
     assert same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")

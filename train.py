@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import data
@@ -109,6 +110,10 @@ def pretrain(encoder, train, args, state):
                 args.pretrain_lr, args, state, monitor if len(train.classes) > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
     state["pretrain"] = copy.deepcopy(state["pretrain"])
+    # The running statistics of batch norm are those of the last views; from now on, the encoder
+    # sees recordings as they are, and few of them.
+    generator = torch.Generator().manual_seed(args.seed)
+    update_bn(data.batches(train, args.batch_size, args.device, True, generator), encoder)
     save("pretrained.pt", args, dict(
         kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
@@ -116,8 +121,10 @@ def pretrain(encoder, train, args, state):
 def finetune(encoder, labelled, args, state):
     """Train encoder and linear head by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
-    classifier = models.Classifier(encoder, len(labelled.classes)).to(args.device)
-    if args.init or args.pretrain_epochs:
+    pretrained = bool(args.init or args.pretrain_epochs)
+    classifier = models.Classifier(encoder, len(labelled.classes), freeze_norm=pretrained)
+    classifier.to(args.device)
+    if pretrained:
         fit_head(classifier, labelled, args)
     model = wrap_model(classifier, args)
 
@@ -218,8 +225,8 @@ def train_one_epoch(compute_loss, batches, optimizer, lrs, device):
 
 @torch.no_grad()
 def firing_rate(encoder, x):
-    """Compute the share of neurons x time steps that spike at x, with batch norm as in training."""
-    encoder = copy.deepcopy(encoder).train()  # a copy, because its running statistics change
+    """Compute the share of neurons x time steps that spike at x, in the encoder's present mode."""
+    encoder = copy.deepcopy(encoder)  # because in training mode, its running statistics change
     counts = []  # of each layer: spikes, neurons x time steps
 
     def count(layer, inputs, out):
