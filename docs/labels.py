@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 
 accuracy = defaultdict(dict)  # of (data set, labels, whether pre-trained): {seed: percent}
 for folder in map(Path, sys.argv[1:]):
-    if not (folder / "finetuned.pt").exists():
-        continue
     args = torch.load(folder / "finetuned.pt", weights_only=True)["args"]
     with open(folder / "log.csv") as f:
         test = list(csv.DictReader(f))[-1]
@@ -33,7 +31,8 @@ for ax, name in zip(figure.subplots(1, len(datasets), squeeze=False)[0], dataset
     labels = sorted({n for d, n, _ in accuracy if d == name}, key=lambda n: n or np.inf)
     for pretrained, label in (True, "pre-trained"), (False, "from scratch"):
         values = [list(accuracy[name, n, pretrained].values()) for n in labels]
-        mean, std = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
+        mean = np.array([np.mean(v) for v in values])
+        std = np.array([np.std(v, ddof=1) for v in values])
         ax.plot(mean, "o-", label=label)
         ax.fill_between(range(len(labels)), mean - std, mean + std, alpha=0.25, lw=0)
     ax.set_xticks(range(len(labels)), [n or "all" for n in labels])
