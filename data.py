@@ -68,7 +68,7 @@ REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, moment
             finetune_aug=MILD_AUG | dict(flip=False))
 DATASETS = {
     "toy": DEFAULTS | dict(
-        n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=40,
+        n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=30,
         queue_size=128, momentum=0.99, temperature=0.4, epochs=100, batch_size=32),
     "cifar10dvs": DEFAULTS,
     "dvsgesture": DEFAULTS | NO_FLIP | dict(queue_size=512),
