@@ -69,7 +69,7 @@ REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, moment
 DATASETS = {
     "toy": DEFAULTS | dict(
         n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=30,
-        queue_size=128, momentum=0.99, temperature=0.4, epochs=100, batch_size=32),
+        queue_size=128, momentum=0.99, temperature=0.4, epochs=100, lr=1e-4, batch_size=32),
     "cifar10dvs": DEFAULTS,
     "dvsgesture": DEFAULTS | NO_FLIP | dict(queue_size=512),
     "ncaltech101": DEFAULTS | dict(arch="sew-resnet-18"),  # the paper's best backbone there
