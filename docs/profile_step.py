@@ -73,7 +73,8 @@ if on_gpu:
 began = time.time()
 steps(args.steps)
 ms = 1000 * (time.time() - began) / args.steps
-print(f"{args.arch}, B = {args.batch}: {ms:.1f} ms a step, {1000 * args.batch / ms:.0f} recordings/s"
+print(f"{args.arch}, B = {args.batch}: {ms:.1f} ms a step, "
+      f"{1000 * args.batch / ms:.0f} recordings/s"
       + (f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_gpu else ""))
 
 with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
@@ -87,4 +88,5 @@ for event in profiler.key_averages():
 if on_gpu:
     time_of["waiting for the CPU"] = max(0, wall - sum(time_of.values()))
 for kind, microseconds in time_of.most_common():
-    print(f"{kind:22} {microseconds / args.steps / 1000:9.2f} ms  {100 * microseconds / wall:5.1f} %")
+    ms, share = microseconds / args.steps / 1000, 100 * microseconds / wall
+    print(f"{kind:22} {ms:9.2f} ms  {share:5.1f} %")
