@@ -32,8 +32,8 @@ from tqdm import tqdm
 # A queue stays well below the number of recordings, or positives return as negatives.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
-# In place of NDA's steps, all of shift, size, rotation and shear at once, and no hole. No flip,
-# because left and right may differ: in gestures, digits, a folder.
+# Instead of NDA's: every view is shifted, resized, rotated and sheared; no hole. No flip, because
+# left and right may differ: in gestures, digits, a folder.
 AFFINE_AUG = dict(num_ops=4, flip=False, min_scale=0.6, max_scale=1.6, shift=0.08, rotation=25,
                   shear=0.25, cutout=0.0)
 DEFAULTS = dict(
@@ -45,7 +45,7 @@ DEFAULTS = dict(
     pretrain_epochs=200,  # [A]
     pretrain_lr=1e-3,
     pretrain_aug=STRONG_AUG,
-    split_events=False,  # between the two views
+    split_events=False,  # True: the two views share no event
     queue_size=4096,
     momentum=0.999,  # [A]
     temperature=0.1,
@@ -161,6 +161,8 @@ def default_config(name):
 
 def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     """Count the events of a recording -> [n_frames, 2, size, size], uint8 or, past 255, int16.
+
+    A pixel counts 32,767 events at most.
 
     events: structured array with fields x, y (pixels), t (any unit) and p (the larger of its two
     values is on; a single one is on above 0); sensor_size: (W, H) pixels. Each frame has equally
@@ -401,19 +403,20 @@ def augment(x, **ranges):
 
     One draw per recording holds for all its time steps and both polarities; for the ranges, see
     draw_view. Order: flip, shear, crop with shift, rotation, hole. All but the hole are one matrix
-    theta, which says what each pixel (u, v) of the view shows: the pixel theta @ (u, v, 1) of the
-    image. Both run from -1 to 1.
+    theta, built backwards, from the view to the image: pixel (u, v) of the view shows the pixel of
+    the image nearest to theta @ (u, v, 1), or 0 outside it. u runs to the right and v down, each
+    from -1 to 1 between the outer edges, so a side is 2 long.
     """
     T, B, C, H, _ = x.shape
     draw = draw_view(B, x.device, **ranges)
-    # crop, shift, rotation
+    # from the view to the crop: rotation, size, place
     cos, sin = draw["side"] * draw["angle"].cos(), draw["side"] * draw["angle"].sin()
     row_u = torch.stack([cos, -sin, draw["centre"][0]], 1)  # [B, 3]
     row_v = torch.stack([sin, cos, draw["centre"][1]], 1)  # [B, 3]
-    # shear, flip
+    # on to the image: shear, flip
     row_u = draw["mirror"][:, None] * (row_u + draw["shear"][:, None] * row_v)
     theta = torch.stack([row_u, row_v], 1)  # [B, 2, 3]
-    with torch.autocast(x.device.type, enabled=False):  # half precision would miss pixels
+    with torch.autocast(x.device.type, enabled=False):  # bf16 would be wrong by half a pixel
         grid = F.affine_grid(theta, [B, 1, H, H], align_corners=False)  # [B, H, H, 2]
     images = x.transpose(0, 1).flatten(1, 2)  # [B, T*2, H, H]
     views = F.grid_sample(images, grid, mode="nearest", align_corners=False)  # [B, T*2, H, H]
@@ -428,11 +431,12 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
               rotation=30, shear=0.3, cutout=0.125):
     """Draw the parameters of B views -> dict of tensors [B], or [2, B] (x and y).
 
-    Those of NDA (Li et al. 2022), which the paper builds on; the defaults are its N = 2, with
-    crops: a horizontal flip (p 0.5, if flip); a crop of min_scale to max_scale of the image's area,
-    enlarged again (1: none, above 1: the image shrinks); and num_ops of these four: a shift by up
-    to `shift` of the image's side (NDA: what leaves enters again), a rotation by up to `rotation`
-    degrees, a shear by up to `shear` columns a row, and a square hole of `cutout` of the side.
+    NDA's operations (Li et al. 2022), which the paper builds on, with its ranges at magnitude 2 as
+    defaults, and a crop. flip: mirror, p 0.5. min_scale, max_scale: the crop's share of the image's
+    area; it is stretched to the view (1: no crop; above 1: the image shrinks). Then num_ops of the
+    four below, drawn for each view: shift of the crop by up to this share of the image's side (what
+    leaves is lost; in NDA it enters again); rotation by up to so many degrees; shear by up to so
+    many columns per row; cutout, a square hole whose side is this share of the view's.
     """
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1

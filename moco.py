@@ -9,7 +9,7 @@ One step on two views of a batch of recordings, as `forward` computes it:
     queue <- k; the oldest keys leave                              first in, first out
 
 Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only encoder_q's encoder is
-kept. MoCo's shuffling for batch norm is left out: docs/experiments.md shows no harm from that.
+kept. MoCo's shuffling for batch norm is left out; its effect has not been measured.
 Tests: python -m pytest test_all.py -k moco
 """
 import copy
@@ -98,9 +98,8 @@ class MoCo(nn.Module):
 class ProjectionHead(nn.Module):
     """Project features to embeddings, at each time step: [T, B, D] -> [T, B, dim].
 
-    The paper does not describe its head. Chosen: SimCLR's (Chen et al. 2020), with a batch norm
-    after both linear layers, over all T * B rows; docs/experiments.md compares it with MoCo v2's,
-    which has none.
+    The paper does not describe its head. Chosen: a batch norm after both linear layers, over all
+    T * B rows, the last one without weights, as in the code of SimCLR (Chen et al. 2020).
     """
 
     def __init__(self, D, dim, hidden=512):

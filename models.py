@@ -231,7 +231,8 @@ def fit_linear(features, labels, num_classes):
 
     Cross-entropy with an L2 penalty on standardised features, at most 200 iterations of L-BFGS.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-3  # those that hardly vary stay small
+    # 1e-3: a feature that hardly varies is not blown up
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-3
     head = nn.Linear(features.shape[1], num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -244,7 +245,7 @@ def fit_linear(features, labels, num_classes):
         loss.backward()
         return loss
     optimizer.step(closure)
-    with torch.no_grad():  # from now on for features as they are
+    with torch.no_grad():  # w (x - mean) / std + b = (w / std) x + (b - (w / std) mean)
         head.weight /= std
         head.bias -= head.weight @ mean
     return head
@@ -260,6 +261,7 @@ def load_model(path, device="cpu"):
     open(path, "rb").close()  # an OSError that names the file, which torch.load's may not
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["args"]["split_events"]  # files of earlier versions lack it
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":
             model = Classifier(model, len(checkpoint["classes"]))

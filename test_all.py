@@ -433,7 +433,7 @@ def test_models_load_model_rebuilds_what_was_saved(tmp_path):
     encoder, x = models.build("spikformer-1-16", 16), torch.rand(2, 2, 2, 16, 16)
     for kind, net in ("pretrained", encoder), ("finetuned", models.Classifier(encoder, 3)):
         net.train()(x)  # moves the statistics of batch norm
-        saved = dict(kind=kind, args=dict(arch="spikformer-1-16", image_size=16),
+        saved = dict(kind=kind, args=dict(arch="spikformer-1-16", image_size=16, split_events=True),
                      classes=["a", "b", "c"], weights=net.state_dict())
         torch.save(saved, tmp_path / "net.pt")
         loaded, checkpoint = models.load_model(tmp_path / "net.pt")
@@ -446,10 +446,11 @@ def test_models_load_model_refuses_other_files_and_runs_no_code(tmp_path):
     class Attack:
         __reduce__ = lambda self: (os.mkdir, (str(folder),))
     path, folder = tmp_path / "file.pt", tmp_path / "made"
-    args = dict(arch="spikformer-1-16", image_size=16)
+    args = dict(arch="spikformer-1-16", image_size=16, split_events=True)
     for content in (
             b"# NeuroMoCo\n\nSelf-supervised pre-training.\n", b"", pickle.dumps(Attack(), 2),
-            Attack(), [1, 2], dict(kind="pretrained", args=args, weights={})):
+            Attack(), [1, 2], dict(kind="pretrained", args=args, weights={}),
+            dict(kind="pretrained", args=dict(arch="spikformer-1-16", image_size=16))):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(OSError) as error:
             models.load_model(path)

@@ -110,16 +110,21 @@ def pretrain(encoder, train, args, state):
                 args.pretrain_lr, args, state, monitor if len(train.classes) > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
     state["pretrain"] = copy.deepcopy(state["pretrain"])
-    # The running statistics of batch norm are those of the last views; from now on, the encoder
-    # sees recordings as they are, and few of them.
+    # The statistics of batch norm stem from the last views. Fine-tuning keeps them fixed, so they
+    # are taken again, from all recordings as they are.
     generator = torch.Generator().manual_seed(args.seed)
-    update_bn(data.batches(train, args.batch_size, args.device, True, generator), encoder)
+    with models.autocast(args.device):
+        update_bn(data.batches(train, args.batch_size, args.device, True, generator), encoder)
     save("pretrained.pt", args, dict(
         kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
 
 
 def finetune(encoder, labelled, args, state):
-    """Train encoder and linear head by the cross-entropy of the logits averaged over time."""
+    """Train encoder and linear head by the cross-entropy of the logits averaged over time.
+
+    After pre-training, the head is first fitted to the frozen encoder, and batch norm keeps its
+    statistics.
+    """
     torch.manual_seed(args.seed)
     pretrained = bool(args.init or args.pretrain_epochs)
     classifier = models.Classifier(encoder, len(labelled.classes), freeze_norm=pretrained)
@@ -140,7 +145,7 @@ def finetune(encoder, labelled, args, state):
 
 
 def fit_head(classifier, labelled, args):
-    """Fit the head to the frozen encoder's features of about 1,000 views, at least one of each.
+    """Fit the head to features of the frozen encoder, of a view of each recording, 1,000 at least.
 
     The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
     """
@@ -359,6 +364,7 @@ def load_state(path, args, classes):
         if "pretrain" in state:
             fixed += ["n_frames", "queue_size"]  # the shape of the queue
         saved = state["args"] | {"classes": state["classes"]}
+        saved["split_events"]  # files of earlier versions lack it
         changed = [name for name in fixed if saved[name] != given[name]]
         pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
     except Exception as e:  # there is no list of all that a foreign file may raise
