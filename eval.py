@@ -214,7 +214,7 @@ def evaluate(path, args):
                  test_labels=test_labels, test_logits=outputs.mean(0), train_names=train.names,
                  train_features=train_features, train_labels=train_labels)
 
-    # two views
+    # two views, each of all events
     torch.manual_seed(0)  # always the same ones
     view = functools.partial(data.augment, **train_args["pretrain_aug"])
     views = [models.predict(encoder, ((view(x), y) for x, y in batches(test))) for _ in range(2)]

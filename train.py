@@ -71,7 +71,7 @@ def main(argv=None):
     logits = models.predict(classifier, data.batches(test, args.batch_size, args.device)).mean(0)
     correct = (logits.argmax(1) == torch.tensor(test.labels)).sum().item()
     row = dict(phase="test", accuracy=f"{correct / len(logits):.4f}")
-    write_log(args, state["log"] + [dict.fromkeys(state["log"][-1], "") | row])
+    write_log(args, state["log"] + [row])
     print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/finetuned.pt")
     print(accuracy_line(100 * correct / len(logits), len(logits)))
 
@@ -129,7 +129,7 @@ def finetune(encoder, labelled, args, state):
     pretrained = bool(args.init or args.pretrain_epochs)
     classifier = models.Classifier(encoder, len(labelled.classes), freeze_norm=pretrained)
     classifier.to(args.device)
-    if pretrained:
+    if pretrained and "finetune" not in state:  # a resumed run has a head
         fit_head(classifier, labelled, args)
     model = wrap_model(classifier, args)
 
@@ -387,10 +387,10 @@ def save(name, args, content):
 
 
 def write_log(args, log):
-    """Write log.csv, with the columns of the last row."""
+    """Write log.csv, with the columns of the first row; the test has a few of them only."""
     if rank_and_world_size()[0] == 0:
         with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
-            writer = csv.DictWriter(f, log[-1])  # earlier rows may lack a new column
+            writer = csv.DictWriter(f, log[0])
             writer.writeheader()
             writer.writerows(log)
 
@@ -468,7 +468,7 @@ def parse_args(argv):
     add("--lr", type=learning_rate, help="peak learning rate")
     add = parser.add_argument_group("AdamW, in both").add_argument
     add("--weight-decay", type=in_range(float, 0), help="of matrices and kernels only")
-    add("--batch-size", type=positive, help="recordings per step, over all processes")
+    add("--batch-size", type=in_range(int, 2), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order and views")
