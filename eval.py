@@ -9,14 +9,13 @@ encoder's, averaged over time; kNN and linear probe learn from all training labe
 Tests: python -m pytest test_all.py -k eval
 """
 import argparse
+import copy
 import csv
 import functools
 import importlib.util
 import json
 import math
-import os
 import re
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -58,23 +57,23 @@ def accuracy_line(accuracy, recordings):
 def accuracy_metrics(logits, labels, classes):
     """Compare logits [T, N, C] with labels [N] -> dict.
 
-    In percent: accuracy, interval [low, high], top5 (None up to 10 classes), by_class (None: no
-    test recordings), steps, [accuracy, low, high] after 1 to T steps. In recordings: confusion
-    [C][C], a row per true class; worst, the five most frequent errors [count, true, predicted].
+    In percent: accuracy and its interval [low, high]; steps: [accuracy, low, high] after each of 1
+    to T steps; top5 (None up to 10 classes); by_class (None: no test recordings). In recordings:
+    confusion [C][C], a row per true class; worst: the five most frequent errors [count, true,
+    predicted].
     """
     _, N, C = logits.shape
     preds = logits.cumsum(0).argmax(2)  # [T, N]; the largest sum of steps 1 to t
     steps = [wilson_interval(correct, N) for correct in (preds == labels).sum(1).tolist()]
     top5 = logits.sum(0).topk(min(5, C)).indices  # [N, 5]
-    confusion = torch.bincount(labels * C + preds[-1], minlength=C * C).view(C, C)
-    errors = confusion - confusion.diag().diag()
-    worst = [[errors[i, j].item(), classes[i], classes[j]] for i, j in errors.nonzero().tolist()]
+    confusion = torch.bincount(labels * C + preds[-1], minlength=C * C).view(C, C).tolist()
+    errors = [[n, classes[i], classes[j]] for i, row in enumerate(confusion)
+              for j, n in enumerate(row) if n and i != j]
     return dict(
-        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion.tolist(),
+        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion,
         top5=100 * (top5 == labels[:, None]).sum().item() / N if C > 10 else None,
-        by_class=[100 * row[c] / sum(row) if sum(row) else None
-                  for c, row in enumerate(confusion.tolist())],
-        worst=sorted(worst, reverse=True)[:5])
+        by_class=[100 * row[c] / sum(row) if any(row) else None for c, row in enumerate(confusion)],
+        worst=sorted(errors, reverse=True)[:5])
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
@@ -117,12 +116,13 @@ def spike_stats(model, batches):
     percent, MACs, synaptic operations and energy (uJ) per recording, in all and by "layers"; and
     {layer: spikes [T, 16]}, of 16 neurons in the first recording.
     """
+    model = copy.deepcopy(model)  # because the hooks stay
     layers, spikes, rasters = {}, {}, {}  # by name, in the order of calls
-    names = {module: re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)  # one for a ConvLIF's parts
-             for name, module in model.named_modules()}
+    names = {module: re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
+             for name, module in model.named_modules()}  # conv and lif of a block are one layer
 
     def count(name, x, macs):
-        analog = not layers or bool((x != x.round()).any())  # frames, or a mean over space
+        analog = not layers or bool((x != x.round()).any())  # real numbers: frames, mean over space
         layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
         layer["macs"] += macs
         layer["operations"] += macs * x.mean(dtype=torch.float64).item()  # a 2 is two spikes
@@ -137,23 +137,20 @@ def spike_stats(model, batches):
 
     def on_lif(module, inputs, out):  # out: [T, B, ...]
         name = names[module]
-        if name not in layers:  # there is no convolution before it
+        if name not in layers:  # no convolution has its name: in a backbone of your own
             count(name, out.new_zeros(1), 0)
         spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
         neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
         rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, neurons])
 
-    handles = []
     for module in names:
         if isinstance(module, neuron.LIF):
-            handles.append(module.register_forward_hook(on_lif))
+            module.register_forward_hook(on_lif)
         elif isinstance(module, models.SpikingSelfAttention):
-            handles.append(module.qkv.register_forward_hook(on_qkv))
+            module.qkv.register_forward_hook(on_qkv)
         elif isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            handles.append(module.register_forward_hook(on_product))
+            module.register_forward_hook(on_product)
     outputs = models.predict(model, batches)
-    for handle in handles:
-        handle.remove()
     return outputs, summarise(list(layers.values()), spikes, *outputs.shape[:2]), rasters
 
 
@@ -195,8 +192,8 @@ def evaluate(path, args):
                     recordings=len(test_labels), args=train_args, classes=classes,
                     parameters=sum(p.numel() for p in model.parameters()))
     if kind == "finetuned" and set(test.classes) <= set(classes):
-        order = torch.tensor([classes.index(c) for c in test.classes])
-        results |= accuracy_metrics(outputs, order[test_labels], classes)
+        number_of = torch.tensor([classes.index(c) for c in test.classes])  # in the checkpoint
+        results |= accuracy_metrics(outputs, number_of[test_labels], classes)
 
     # the frozen encoder
     encoder, features = model, outputs.mean(0)  # [N, D]
@@ -204,7 +201,7 @@ def evaluate(path, args):
         encoder = model.encoder
         features = models.predict(encoder, batches(test)).mean(0)
     train_features = features[:0]
-    if len(train_labels):
+    if len(train_labels):  # none if all recordings of --dataset are tested
         train_features = models.predict(encoder, batches(train)).mean(0)
     if len(train_labels) and len(train.classes) > 1:
         both = train_features, train_labels, features, test_labels
@@ -214,11 +211,12 @@ def evaluate(path, args):
                  test_labels=test_labels, test_logits=outputs.mean(0), train_names=train.names,
                  train_features=train_features, train_labels=train_labels)
 
-    # two views, each of all events
+    # two views as in pre-training, but each of all events
     torch.manual_seed(0)  # always the same ones
     view = functools.partial(data.augment, **train_args["pretrain_aug"])
-    views = [models.predict(encoder, ((view(x), y) for x, y in batches(test))) for _ in range(2)]
-    results |= alignment_uniformity(views[0].mean(0), views[1].mean(0), features)
+    a, b = (models.predict(encoder, ((view(x), y) for x, y in batches(test))).mean(0)
+            for _ in range(2))
+    results |= alignment_uniformity(a, b, features)
     return results, dict(test=test, view=view, features=features, rasters=rasters)
 
 
@@ -258,13 +256,16 @@ def predict_files(args):
         inside = [file for file in sorted(path.rglob("*")) if file.suffix in data.READERS
                   and not any(part[0] == "." for part in file.relative_to(path).parts)]
         files += inside if path.is_dir() else [path]
+
+    def to_frames(events, key):
+        return data.to_frames(events, *(
+            train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
+
+    read = functools.partial(data.read_file, columns=args.columns or train_args["columns"])
     for path in files:
-        try:
-            events = data.read_file(str(path), args.columns or train_args["columns"])
-            frames = data.to_frames(data.validate_events(events), *(
-                train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
-        except Exception as e:
-            raise UserError(f"{path}: {data.format_error(e)}")
+        frames, error = data.try_recording(str(path), to_frames, read)
+        if error:
+            raise UserError(f"{path}: {error}")
         x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
         probability = models.predict(model, [(x, None)]).mean(0)[0].softmax(0)  # [classes]
         rows.append(dict(path=str(path), predicted=classes[probability.argmax()],
@@ -311,6 +312,7 @@ def print_summary(runs):
     by_recipe, rows = defaultdict(list), []
     for run in runs:
         settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
+        # what may differ between seeds, each of which may have its own --init
         for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
             del settings[name]
         by_recipe[json.dumps(settings)].append(run)
@@ -323,9 +325,9 @@ def print_summary(runs):
         cells = []
         for k, unit in UNITS.items():
             values, digits = [run[k] for run in same if k in run], 2 if unit else 3
-            cell = f"{statistics.mean(values):.{digits}f}" if len(values) == len(same) else "-"
+            cell = f"{np.mean(values):.{digits}f}" if len(values) == len(same) else "-"
             if len(same) == len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.{digits}f}"
+                cell += f" ± {np.std(values, ddof=1):.{digits}f}"
             cells.append(cell.rjust(15))
         print(name.ljust(width), *cells)
 
@@ -365,6 +367,7 @@ def plot_frames(plots):
     shown = range(0, len(x), math.ceil(len(x) / 8))
     figure, axes = new_figure(1.6 * len(shown) + 0.5, 5.2, 3)
     for [ax], (name, row) in zip(axes, rows.items()):
+        # the root makes single events visible; white less red is bluish, white less blue orange
         off, on = (row[shown, 0] / x.max().clamp(min=1)).sqrt().unbind(1)  # [frames, H, W]
         colours = 1 - torch.stack([on, (on + off) / 2, off], -1)  # [frames, H, W, 3]
         ax.imshow(torch.cat(list(F.pad(colours, (0, 0, 1, 1), value=0.8)), 1).numpy())
@@ -465,7 +468,8 @@ def parse_args(argv):
     add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="size of a folder's sensor")
     add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
-    add("--predict", nargs="+", metavar="PATH", help="classify these recordings or folders of them")
+    add("--predict", nargs="+", metavar="PATH", 
+        help="classify these recordings or folders of them, with the sensor of training")
     add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")
     add("--json", metavar="FILE", help="write all numbers to this file")

@@ -23,7 +23,6 @@ import re
 import runpy
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -31,7 +30,6 @@ import time
 import types
 from pathlib import Path
 from unittest import mock
-from unittest.mock import MagicMock
 
 # Threads that wait for each other make these small tests 10 times slower beside a busy process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
@@ -57,8 +55,7 @@ import train
 pytestmark = pytest.mark.timeout(300, method="thread")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FLOAT, DOUBLE, BF16 = torch.float32, torch.float64, torch.bfloat16
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))
+CUDA = pytest.param("cuda", marks=gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +79,8 @@ def slow_lif(x, tau=2.0, v_threshold=1.0, v_reset=0.0, alpha=2.0):
         h = v + (xt.to(v.dtype) - (v - v_reset)) / tau
         fires = h >= v_threshold
         smooth = torch.atan(math.pi / 2 * alpha * (h - v_threshold)) / math.pi
-        spikes.append(fires.to(x.dtype) + (smooth - smooth.detach()).to(x.dtype))  # adds exactly 0
+        # the value of the step and the gradient of the arctangent: the second term is exactly 0
+        spikes.append(fires.to(x.dtype) + (smooth - smooth.detach()).to(x.dtype))
         v = torch.where(fires, v_reset, h)
     return torch.stack(spikes)
 
@@ -152,7 +150,7 @@ def test_lif_compiled_and_on_cuda_gives_the_same_bits(device, dtype, monkeypatch
 
 def test_lif_without_a_compiler_warns_once_and_continues(monkeypatch):
     monkeypatch.setattr(neuron, "COMPILE", True)
-    monkeypatch.setattr(neuron, "compiled", MagicMock(side_effect=RuntimeError("no compiler")))
+    monkeypatch.setattr(neuron, "compiled", mock.MagicMock(side_effect=RuntimeError("no compiler")))
     x = torch.randn(2, 4, 9)
     with pytest.warns(UserWarning, match="run uncompiled.*no compiler") as warned:
         assert all(torch.equal(neuron.LIF()(xi), slow_lif(xi)) for xi in x)
@@ -166,7 +164,7 @@ def spikingjelly(module):
         import torchvision
     except Exception:  # missing, or built for another torch
         for name in ("torchvision", "torchvision.models", "torchvision.models.utils"):
-            sys.modules[name] = MagicMock()
+            sys.modules[name] = mock.MagicMock()
     return importlib.import_module(f"spikingjelly.activation_based.{module}")
 
 
@@ -201,17 +199,16 @@ def slow_mix_info_nce(q, k, queue, temperature, alpha, beta):
     return alpha * info_nce(mbc_logits) + beta * sum(mac) / T, mbc_logits
 
 
-@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("T, B, K, D", [(1, 1, 1, 2), (4, 3, 7, 5), (3, 8, 2, 16)])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
-def test_loss_logits_and_gradient_equal_a_loop(alpha, beta, T, B, K, D, temperature, dtype):
+def test_loss_logits_and_gradient_equal_a_loop(T, B, K, D, temperature, dtype):
     """Check that all is computed in float32 also from bf16 under autocast."""
     (q, k), queue = torch.randn(2, T, B, D).to(dtype), torch.randn(K, T, D)
     q, slow_q = q.clone().requires_grad_(), q.clone().requires_grad_()
     with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-        value, logits = loss.mix_info_nce(q, k, queue, temperature, alpha, beta)
-    slow_value, mbc_logits = slow_mix_info_nce(slow_q, k, queue, temperature, alpha, beta)
+        value, logits = loss.mix_info_nce(q, k, queue, temperature, 0.3, 2.0)
+    slow_value, mbc_logits = slow_mix_info_nce(slow_q, k, queue, temperature, 0.3, 2.0)
     value.backward(), slow_value.backward()
     assert value.dtype == logits.dtype == FLOAT
     slow = slow_value.float(), mbc_logits.float()
@@ -354,10 +351,9 @@ def spikingjelly_classifier(arch):
     return net
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("arch", ["spikformer-2-256", "sew-resnet-18"])
 @torch.no_grad()
-def test_models_exchange_weights_with_spikingjelly(arch, training):
+def test_models_exchange_weights_with_spikingjelly(arch):
     """Compare logits in float64, where the order of a sum moves no membrane over its threshold."""
     theirs = spikingjelly_classifier(arch).double()
     ours = models.Classifier(models.build(arch, 128), 10).double()
@@ -368,18 +364,19 @@ def test_models_exchange_weights_with_spikingjelly(arch, training):
             m.momentum = 1.0
             m.weight.uniform_(1, 3), m.bias.uniform_(-0.3, 0.3)
     theirs(x)
-    spikingjelly("functional").reset_net(theirs)
     a, b = ours.state_dict(), theirs.state_dict()
     assert [v.squeeze().shape for v in a.values()] == [v.squeeze().shape for v in b.values()]
     ours.load_state_dict({name: v.reshape(a[name].shape) for name, v in zip(a, b.values())})
-    logits, their_logits = ours.train(training)(x), theirs.train(training)(x)
-    assert their_logits.std(1).mean() > 1e-3  # the recordings are told apart at all
-    torch.testing.assert_close(logits, their_logits)
+    for training in False, True:
+        spikingjelly("functional").reset_net(theirs)
+        logits, their_logits = ours.train(training)(x), theirs.train(training)(x)
+        assert their_logits.std(1).mean() > 1e-3  # the recordings are told apart at all
+        torch.testing.assert_close(logits, their_logits)
 
 
 @pytest.mark.parametrize("arch, size, dim", [
     ("sew-resnet-18-8", 32, 64), ("sew-resnet-18-8", 64, 64), ("spikformer-1-32", 34, 32),
-    ("spikformer-2-48", 64, 48), ("spikformer-1-16", 17, 16)])
+    ("spikformer-2-48", 64, 48)])
 def test_models_have_a_gradient_everywhere_and_no_state(arch, size, dim):
     net, x = models.build(arch, size), torch.poisson(torch.full((3, 4, 2, size, size), 1.0))
     block = next(m for m in net.modules() if isinstance(m, models.ConvLIF))
@@ -483,24 +480,27 @@ def slow_frames(events, n_frames, sensor_size, size, frames_by="count"):
     return np.minimum(frames, 255).astype(np.uint8)
 
 
+def write(path, events, *sensor):
+    """Write a recording in the format of its ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    WRITERS[path.suffix](path, events, *sensor)
+
+
 def write_bin(path, events):
     """Write the ATIS format, 5 bytes an event: x, y, 1 bit polarity, 23 bits time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     t, p = events["t"].astype(int), events["p"].astype(int)
     raw = [events["x"], events["y"], p << 7 | t >> 16, t >> 8 & 255, t & 255]
     np.stack(raw, 1).astype(np.uint8).tofile(path)
 
 
-def write_npy(path, events):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, events)
+def write_npz(path, events):
+    np.savez(path, **{field: events[field] for field in "xytp"})
 
 
 def write_aedat4(path, events, sensor=None):
     """Write an AEDAT4 file, which names its sensor: if not given, as far as its events reach."""
     dv = pytest.importorskip("dv_processing")
     sensor = sensor or (int(events["x"].max()) + 1, int(events["y"].max()) + 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     store = dv.EventStore()
     for e in events:
         store.push_back(int(e["t"]), int(e["x"]), int(e["y"]), bool(e["p"]))
@@ -508,7 +508,7 @@ def write_aedat4(path, events, sensor=None):
     dv.io.MonoCameraWriter(str(path), config).writeEvents(store)
 
 
-WRITERS = {".bin": write_bin, ".npy": write_npy, ".aedat4": write_aedat4}
+WRITERS = {".bin": write_bin, ".npy": np.save, ".npz": write_npz, ".aedat4": write_aedat4}
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 7, 1003])
@@ -523,20 +523,19 @@ def test_data_frames_equal_a_slow_loop_and_lose_no_event(n, sensor, size):
         assert np.array_equal(frames, slow_frames(events, 4, sensor, size))
 
 
-def test_data_frames_count_past_255():
-    frames = data.to_frames(recording(5000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
-    assert frames.dtype == np.int16 and frames[..., 0, 0].sum() == frames.sum(dtype=int) == 5000
-    assert frames.max() > 255
+def test_data_frames_count_to_32767():
+    frames = data.to_frames(recording(300_000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
+    assert frames.dtype == np.int16 and (frames[..., 0, 0] == 32767).all()
+    assert frames.sum(dtype=int) == 8 * 32767
 
 
 @pytest.mark.parametrize("split_by, frames_by", [("number", "count"), ("time", "time")])
 def test_data_frames_equal_spikingjelly(monkeypatch, split_by, frames_by):
     # Stand-ins for what this function does not need: SpikingJelly's other data sets, torchvision.
-    package, vision = types.ModuleType("spikingjelly.datasets"), types.ModuleType("torchvision")
+    package = types.ModuleType("spikingjelly.datasets")
     package.__path__ = [f"{pytest.importorskip('spikingjelly').__path__[0]}/datasets"]
-    vision.transforms = None
     monkeypatch.setitem(sys.modules, "spikingjelly.datasets", package)
-    monkeypatch.setitem(sys.modules, "torchvision", vision)
+    monkeypatch.setitem(sys.modules, "torchvision", mock.MagicMock())
     theirs = pytest.importorskip("spikingjelly.datasets.utils")
     events = recording(1003, 16, 16)
     events["t"] = (recording(1003)["t"] / 100) ** 2  # slower and slower
@@ -589,7 +588,7 @@ def test_data_batches_hold_every_recording_once(n, world_size, shuffle):
     sizes, order = [len(y) for y in alone], torch.cat(alone).tolist()
     assert sizes == {24: [12, 12], 25: [9, 8, 8], 26: [9, 9, 8]}[n]  # no small last batch
     assert sorted(order) == list(range(n)) and (order != sorted(order)) == shuffle
-    shares = [load(rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [torch.load(rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({tuple(map(len, share)) for share in shares}) == 1  # no process waits for another
     interleaved = torch.stack([torch.cat(share) for share in shares], 1).flatten().tolist()
     assert interleaved == order[: n - n % world_size]
@@ -616,7 +615,7 @@ def test_data_split_events_deals_each_event_to_one_half():
 
 
 def test_data_views_are_drawn_from_their_ranges():
-    draw = data.draw_view(10_000, "cpu", 1, True, 1.0, 1.0, 0.1, 30, 0.3, 0.2)
+    draw = data.draw_view(10_000, "cpu", num_ops=1, min_scale=1.0, shift=0.1, cutout=0.2)
     reach = dict(centre=0.2, angle=math.radians(30), shear=0.3, half_hole=0.2)
     for key, most in reach.items():
         values = draw[key].view(-1, 10_000)
@@ -635,7 +634,8 @@ def test_data_views_are_drawn_from_their_ranges():
 
 def test_data_augment_equals_one_operation_after_the_other(monkeypatch):
     """Flip, shear, shift, crop, rotate, hole: any of them, each as plain indexing of 9 x 9."""
-    # Not shear beside shift or crop: one look-up loses less at the border, and rounds otherwise.
+    # Not shear beside shift or crop: between two steps of indexing, pixels leave the image that
+    # augment's one look-up keeps.
     chosen = [c for c in itertools.product([0.0, 1.0], repeat=6) if not (c[1] and any(c[2:4]))]
     flip, shear, shift, crop, rotate, cut = torch.tensor(chosen).T
     pixel = 2 / 9  # where the image's sides are from -1 to 1
@@ -661,7 +661,7 @@ def make_folder(tmp_path, n=3, suffix=".npy", parts=("Train", "Test"), **setting
     made = {tmp_path / "My.Data" / part / cls / f"r{i}{suffix}": recording(60, seed=s, **settings)
             for s, (part, cls, i) in enumerate(itertools.product(parts, "ab", range(n)))}
     for path, events in made.items():
-        WRITERS[suffix](path, events)
+        write(path, events)
     return made
 
 
@@ -673,10 +673,10 @@ def cached(tmp_path):
     return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("root/frames/*")}
 
 
-@pytest.mark.parametrize("sensor, size", [((40, 30), 40), ((4, 5), 8), ((200, 150), 128)])
-@pytest.mark.parametrize("suffix", WRITERS)
-@pytest.mark.parametrize("parts", [("train", "Test"), ("",)])
-def test_data_folder_of_recordings(tmp_path, sensor, size, suffix, parts):
+@pytest.mark.parametrize("suffix, sensor, size, parts", [
+    (".bin", (40, 30), 40, ("train", "Test")), (".npy", (200, 150), 128, ("",)),
+    (".npz", (4, 5), 8, ("train", "Test")), (".aedat4", (40, 30), 40, ("",))])
+def test_data_folder_of_recordings(tmp_path, suffix, sensor, size, parts):
     made = make_folder(tmp_path, 12, suffix, parts, width=sensor[0], height=sensor[1])
     in_test = [p for p in made if "Test" in p.parts or parts == ("",) and p.stem == "r11"]
     in_train = [p for p in made if p not in in_test]  # r2 before r10
@@ -692,7 +692,7 @@ def test_data_folder_of_recordings(tmp_path, sensor, size, suffix, parts):
     load_folder(tmp_path, size=size, sensor=list(sensor))  # as eval.py does: the same frames
     load_folder(tmp_path)
     assert cached(tmp_path) == before
-    WRITERS[suffix](in_train[0], recording(77, *sensor))
+    write(in_train[0], recording(77, *sensor))
     assert load_folder(tmp_path)[0].frames.sum((1, 2, 3, 4))[:2].tolist() == [77, 60]
 
 
@@ -719,12 +719,9 @@ def test_data_other_settings_reader_or_to_frames_make_frames_anew(tmp_path, monk
 def test_data_folder_says_what_it_passes_over(tmp_path, capsys):
     own = tmp_path / "My.Data"
     for name in ("Train/a/1.npy", "Train/b/1.npy", "Test/a/1.npy", "Test/c/1.npy"):
-        write_npy(own / name, recording(60))
-    for name in ("Train/a/1.h5", "Test/c/1.h5"):
-        (own / name).touch()
+        write(own / name, recording(60))
     load_folder(tmp_path)
-    left_out, warning, sensor = capsys.readouterr().out.splitlines()
-    assert left_out == f"{own}: left out: 2 .h5"
+    warning, sensor = capsys.readouterr().out.splitlines()
     assert warning == f"warning: {own}: not both to train and to test on: class b, c"
     assert sensor.startswith("sensor: 12 x 9 pixels")
     for path in own.glob("Test/*/1.npy"):
@@ -738,8 +735,12 @@ def test_data_folder_says_what_it_passes_over(tmp_path, capsys):
 def load_beside(barrier, tmp_path):
     """Load while another process does: both have found no frames and begin to make them."""
     infer = data.infer_sensor_size
+
+    def wait_and_infer(*args):
+        barrier.wait(60)
+        return infer(*args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "infer_sensor_size", lambda *args: (barrier.wait(60), infer(*args))[1])
+        patch.setattr(data, "infer_sensor_size", wait_and_infer)
         return load_folder(tmp_path)
 
 
@@ -831,7 +832,7 @@ def test_data_public_sets_as_tonic_lays_them_out(tmp_path, monkeypatch, capsys, 
         path = tmp_path / class_name / layout.format(part=part, label=label, cls=cls, i=i)
         events = recording(60, *sensor, seed=100 * label + i)
         plain = np.stack([events[field] for field in "xypt"], 1)
-        WRITERS[path.suffix](path, plain if name == "dvsgesture" else events)
+        write(path, plain if name == "dvsgesture" else events)
         if name == "ncaltech101":  # tonic moves every recording to the corner
             events["x"], events["y"] = (events[side] - events[side].min() for side in "xy")
         expected[part].append(slow_frames(events, 2, sensor, 16))
@@ -851,7 +852,7 @@ def test_data_public_sets_as_tonic_lays_them_out(tmp_path, monkeypatch, capsys, 
     ("nmnist", "train_"), ("nmnist", "test_"), ("ncaltech101", "")])
 def test_data_failed_download_says_what_to_do(tmp_path, monkeypatch, name, part):
     for folder, i in itertools.product(("Train/0", "Train/1", "Test/0"), range(4)):
-        write_bin(tmp_path / "files" / folder / f"{i}.bin", recording(60, seed=i))
+        write(tmp_path / "files" / folder / f"{i}.bin", recording(60, seed=i))
     archive = shutil.make_archive(tmp_path / "inner" / "Caltech101", "zip", tmp_path / "files")
     if name == "ncaltech101":  # its archive holds another one
         archive = shutil.make_archive(tmp_path / "outer", "zip", tmp_path / "inner")
@@ -899,7 +900,7 @@ def test_eval_knn_alignment_and_uniformity_equal_loops():
     assert 0 < correct < 9 and knn == pytest.approx(correct / 9)
     assert evaluation.knn_accuracy(z[:3], y[:3], z[:3], y[:3], k=20) == 1  # k: more than there are
 
-    a, b, unit = z[:9], z_test, torch.nn.functional.normalize(z)
+    a, b, unit = z[:9], z_test, F.normalize(z)
     alignment = sum(2 - 2 * torch.cosine_similarity(*pair, dim=0).item() for pair in zip(a, b)) / 9
     pairs = [math.exp(-2 * (v - w).square().sum()) for v, w in itertools.combinations(unit, 2)]
     expected = dict(alignment=alignment, uniformity=math.log(sum(pairs) / len(pairs)))
@@ -1014,7 +1015,6 @@ HERE = Path(train.__file__).parent
 TINY = ("--arch spikformer-1-16 --n-frames 2 --image-size 16 --batch-size 6 --queue-size 8 "
         "--pretrain-epochs 2 --epochs 2 --lr 0.002 --device cpu --no-compile").split()
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-load = functools.partial(torch.load, weights_only=True)
 
 
 def tiny(dataset, out, *flags):
@@ -1048,7 +1048,7 @@ def equal(a, b):
 
 
 def same(a, b, *names):
-    return all(equal(load(a / name)["weights"], load(b / name)["weights"]) for name in names)
+    return all(equal(*(torch.load(run / name)["weights"] for run in (a, b))) for name in names)
 
 
 def same_run(a, b):
@@ -1068,8 +1068,7 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
     for i, c in itertools.product(range(24), range(3)):
         path = folder / ("Train" if i < 20 else "Test") / "abc"[c] / f"{i}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, data.simulate_toy(f"toy:0:{10 * i + c}"))
+        write(path, data.simulate_toy(f"toy:0:{10 * i + c}"))
     return folder
 
 
@@ -1121,7 +1120,7 @@ def test_eval_on_other_classes_and_in_another_order(whole, shapes, tmp_path):
     y, y_test = (torch.tensor(split.labels) for split in splits)
     assert f"kNN {100 * evaluation.knn_accuracy(z, y, z_test, y_test):.2f} %" in own[-2]
 
-    outputs = torch.nn.functional.one_hot((y_test + 2) % 3).float()  # of a head for b, c, a
+    outputs = F.one_hot((y_test + 2) % 3).float()  # of a head for b, c, a
     head = {"head.weight": torch.linalg.lstsq(z_test, outputs)[0].T, "head.bias": torch.zeros(3)}
     checkpoint |= dict(weights=checkpoint["weights"] | head, classes=["b", "c", "a"])
     torch.save(checkpoint, tmp_path / "f.pt")
@@ -1163,9 +1162,8 @@ def test_eval_summary_averages_runs_that_differ_only_in_the_seed(whole, tmp_path
     runs = [run | dict(path=str(i), args=run["args"] | change, accuracy=90.0 + i**2)
             for i, change in enumerate(changes)]
     lines, _ = printed(evaluation.print_summary, runs)
-    mean, deviation = (f((90, 91, 94)) for f in (statistics.mean, statistics.stdev))
     assert len(lines) == 7 and lines[-1].startswith("mean of 3 seeds, 0 ...")
-    assert re.split(r"\s{2,}", lines[-1])[1] == f"{mean:.2f} ± {deviation:.2f}"
+    assert re.split(r"\s{2,}", lines[-1])[1] == "91.67 ± 2.08"  # of 90, 91 and 94
 
 
 def test_eval_pictures_are_written_and_not_blank(whole, tmp_path):
@@ -1233,7 +1231,7 @@ def test_train_labels_per_class(shapes):
 def test_train_fits_the_head_to_the_frozen_encoder_first(shapes, whole, monkeypatch):
     split = data.load(shapes, shapes.parent / "root", 2, 16)[0]
     encoder = Linear(16, 8)
-    before, saved = copy.deepcopy(encoder.state_dict()), load(whole / "finetuned.pt")["args"]
+    before, saved = copy.deepcopy(encoder.state_dict()), torch.load(whole / "finetuned.pt")["args"]
     monkeypatch.setattr(train, "train_phase", lambda *_: None)
     monkeypatch.setattr(train, "save", lambda *_: None)
     accuracy = {}
@@ -1255,8 +1253,7 @@ class OneDevice(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("arch", ["spikformer-2-256", "sew-resnet-18"])
-@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("arch, size", [("spikformer-2-256", 128), ("sew-resnet-18", 16)])
 def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
     """Asking a device without values for one raises: the end of an epoch does, nothing before."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -1289,7 +1286,7 @@ def test_train_rate_is_the_share_of_spikes():
     assert train.firing_rate(encoder, x) == 0
 
 
-@pytest.mark.parametrize("moment", range(1, 7))
+@pytest.mark.parametrize("moment", [1, 2, 3, 5, 6])  # 4 leaves the state of 3
 def test_train_resumes_bit_for_bit(shapes, whole, tmp_path, monkeypatch, moment):
     """Interrupted half-way through writing state.pt (1, 2, 4, 5), pretrained.pt, finetuned.pt."""
     save, paths = torch.save, []
@@ -1347,9 +1344,9 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
     assert epochs(*more) == ["finetune 3/4", "finetune 4/4"]
     assert same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")
     assert read_log(run)[:4] == read_log(whole) and len(read_log(run)) == 6
-    state = load(run / "state.pt")
+    state = torch.load(run / "state.pt")
     assert state["finetune"]["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    assert state["args"]["epochs"] == load(run / "finetuned.pt")["args"]["epochs"] == 4
+    assert state["args"]["epochs"] == torch.load(run / "finetuned.pt")["args"]["epochs"] == 4
     assert epochs("--pretrain-epochs", "3") == ["pretrain 3/3", "finetune 1/2", "finetune 2/2"]
     assert not same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")
     rows = [row["phase"] + row["epoch"] for row in read_log(run) if 0 < float(row["rate"]) < 1]
@@ -1361,7 +1358,7 @@ def test_train_init_takes_the_encoder_of_either_kind(shapes, whole, tmp_path):
     assert same(whole, tmp_path / "init", "finetuned.pt")
     run_tiny(shapes, tmp_path / "seed", "--init", whole / "pretrained.pt", "--seed", "1")
     assert not same(whole, tmp_path / "seed", "finetuned.pt")
-    was, args = (load(out / "finetuned.pt")["args"] for out in (whole, tmp_path / "init"))
+    was, args = (torch.load(out / "finetuned.pt")["args"] for out in (whole, tmp_path / "init"))
     assert args == was | {k: args[k] for k in ("init", "out")}  # how the encoder was made
     ckpt, encoder = whole / "finetuned.pt", models.build("spikformer-1-16", 16)
     train.load_pretrained_encoder(encoder, types.SimpleNamespace(init=ckpt, image_size=16))
@@ -1378,7 +1375,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(shapes, whole, tmp_path, monke
     with monkeypatch.context() as m, pytest.raises(data.UserError, match=says):
         m.setattr(train, "train_one_epoch", broken)
         run_tiny(shapes, tmp_path / "a")
-    assert load(tmp_path / "a" / "state.pt")["finetune"]["epoch"] == 1
+    assert torch.load(tmp_path / "a" / "state.pt")["finetune"]["epoch"] == 1
     run_tiny(shapes, tmp_path / "a", "--resume")
     assert same_run(whole, tmp_path / "a")
 
@@ -1392,13 +1389,14 @@ def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkey
         assert Path(args.out) == Path("runs") / name and (Path(args.out) / "log.csv").exists()
 
 
-def test_train_under_torchrun(shapes, whole, tmp_path):
+def test_train_under_torchrun(shapes, whole, tmp_path, monkeypatch):
     """One process is a run without torchrun; two share the work, write once, and resume."""
-    for processes, out, *flags in [(1, "one"), (2, "two"), (2, "two", "--epochs", 3, "--resume")]:
-        argv = tiny(shapes, tmp_path / out, *flags)
-        run = start(*TORCHRUN, processes, "train.py", *argv)
+    for flags in [], ["--epochs", 3, "--resume"]:
+        run = start(*TORCHRUN, 2, "train.py", *tiny(shapes, tmp_path / "two", *flags))
         text, error = run.communicate(timeout=150)
         assert run.returncode == 0 and text.count("test accuracy") == 1, error
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun sets it for a single process
+    run_tiny(shapes, tmp_path / "one")
     assert same_run(whole, tmp_path / "one")
     assert [row["epoch"] for row in read_log(tmp_path / "two")] == list("12123")
     assert all(0 < float(row["loss"]) < 9 for row in read_log(tmp_path / "two"))
@@ -1418,7 +1416,7 @@ def train_share(folder):
     x = torch.randint(0, 9, (2, 6, 2, 16, 16))
     net.encoder_q(x.double())  # the statistics with which neurons fire
     net.encoder_k(2 * x.double())
-    net.eval().train = lambda: net
+    net.eval().train = lambda: net  # train_phase must not undo eval
     split = data.Split(x.transpose(0, 1).to(torch.uint8), torch.arange(6), ["a"])
     model, drawn, state = train.wrap_model(net, args), [], {"log": []}
 
@@ -1444,8 +1442,9 @@ def test_train_on_two_processes_is_train_on_one(tmp_path):
     run = start(*TORCHRUN, 2, "--no-python", sys.executable, "-c", script, env=env)
     error = run.communicate(timeout=150)[1]
     assert run.returncode == 0, error
-    one, *two = (load(tmp_path / f"{name}.pt") for name in ("0 of 1", "0 of 2", "1 of 2"))
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("0 of 1", "0 of 2", "1 of 2"))
     drawn = [value for share in (one, *two) for value in share.pop("drawn").tolist()]
+    # Each has drawn twice; process 0 of two as the only one does.
     assert len(drawn) == 6 and len(set(drawn)) == 4 and one["losses"].max() > 1
     assert len(one["queue"].unique(dim=0)) == 8  # no two recordings look alike
     assert equal(*two)
@@ -1469,14 +1468,14 @@ def error_of(script, *argv):
 # What the error must say is behind the arrow, or it is the first flag.
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr 0", "--pretrain-lr inf", "--weight-decay nan", "--alpha -1", "--epochs -1",
-    "--momentum 1.5", "--momentum -0.1", "--temperature 0", "--n-frames 0", "--queue-size 0",
+    "--momentum 1.5", "--temperature 0", "--n-frames 0", "--queue-size 0",
     "--image-size 0", "--batch-size -3", "--labels-per-class -1", "--sensor 0 9", "--dataset",
     "--seed 99999999999999999999", "--device gpu", "--device cuda:99", "--pretrain-epoch 3",
     "--beta 0 --alpha 0 -> --beta 0", "--epochs 0 --pretrain-epochs 0 -> nothing to do",
     "--dataset no/such -> no/such: neither a folder nor one of toy", "--dataset FOLDER -> folder",
     "--arch resnet-50 -> 'resnet-50'", "--arch sew-resnet-18-4 -> multiple of 8",
-    "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
-    "--init FOLDER -> folder", "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
+    "--init no/such.pt -> no/such.pt", "--init FOLDER -> folder",
+    "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
     "--resume --out WHOLE --arch spikformer-1-32 -> arch spikformer-1-16, not spikformer-1-32",
@@ -1484,7 +1483,7 @@ def error_of(script, *argv):
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
     "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
     "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
-    "--ckpt CKPT --device gpu -> --device", "--ckpt CKPT --device cuda:99 -> --device",
+    "--ckpt CKPT --device gpu -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):
@@ -1507,7 +1506,7 @@ def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, 
     assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
-def test_train_and_the_scripts_of_the_readme(tmp_path, monkeypatch):
+def test_train_and_the_script_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "TOY_TRAIN", 300)
     monkeypatch.setattr(data, "TOY_TEST", 100)
@@ -1515,9 +1514,8 @@ def test_train_and_the_scripts_of_the_readme(tmp_path, monkeypatch):
     lines = run_tiny("toy", "runs/toy", *few)
     assert lines[-1].endswith("% (last epoch, 100 recordings)")
     assert any("a queue of 500 holds all 300 recordings" in line for line in lines)
-    scripts = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    lines = [printed(exec, script, {"__name__": "__main__"})[0][-1] for script in scripts]
-    assert float(lines[0]) > 0.3 and set(lines[1:]) <= set(data.toy_outlines())
+    (script,) = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert float(printed(exec, script, {"__name__": "__main__"})[0][-1]) > 0.3
 
 
 @gpu
@@ -1546,7 +1544,7 @@ def test_train_on_cuda(tmp_path, monkeypatch, compiled):
 def folder_of(root, *names, n=60):
     """Write recordings to root/<name>, each with events of its own."""
     for i, name in enumerate(names):
-        write_npy(root / name, recording(n, seed=i))
+        write(root / name, recording(n, seed=i))
 
 
 def many(*folders, n=6):
@@ -1577,14 +1575,9 @@ def test_own_everything_left_out_is_named_once(tmp_path, capsys):
 
 def test_own_names_decide_order_and_split(tmp_path, capsys):
     names = ["1/01.npy", "1/1.npy", "1/1.npz", "01/2.npy", "01/10.npy", "2/3.npy", "2/4.npy"]
-    for order in (names, names[::-1]):
-        root = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name in order:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            e = recording(60)
-            np.savez(root / name, **{f: e[f] for f in "txyp"}) if name.endswith("z") else np.save(
-                root / name, e)
-        splits = data.load(root, tmp_path / "root", 2)
+    for i, order in enumerate([names, names[::-1]]):
+        folder_of(tmp_path / str(i), *order)
+        splits = data.load(tmp_path / str(i), tmp_path / "root", 2)
         assert splits[0].classes == ["01", "1", "2"]
         assert splits[0].names == ["01/2.npy", "1/01.npy", "1/1.npy", "2/3.npy"]
         assert splits[1].names == ["01/10.npy", "1/1.npz", "2/4.npy"]
@@ -1596,8 +1589,8 @@ def test_own_counts_past_255_and_thin_or_small_recordings(tmp_path, capsys):
     own, dense = tmp_path / "own", recording(2000)
     folder_of(own, *many("a", "b", n=2))
     dense["x"], dense["y"], dense["p"] = 3, 2, True
-    write_npy(own / "a" / "1.npy", dense)
-    write_npy(own / "b" / "1.npy", recording(3))
+    write(own / "a" / "1.npy", dense)
+    write(own / "b" / "1.npy", recording(3))
     train_split, test_split = data.load(own, tmp_path / "root", 4, 32, sensor=(12, 9))
     assert train_split.frames.dtype == np.int16 and test_split.frames[0].max() == 500
     assert [int(f.sum()) for f in (*train_split.frames, *test_split.frames)] == [60, 60, 2000, 3]
@@ -1615,26 +1608,26 @@ def test_own_polarity_is_off_for_the_smaller_value(tmp_path, capsys, low, high):
     plain, own = recording(60), tmp_path / "own"
     coded = plain.astype([("x", "<i2"), ("y", "<i2"), ("timestamp", "<i8"), ("polarity", "<i2")])
     coded["polarity"] = np.where(plain["p"], high, low)
-    for name in ("a/0", "a/1", "b/0", "b/1"):
-        write_npy(own / f"{name}.npy", coded)
+    for name in many("a", "b", n=2):
+        write(own / name, coded)
     frames = data.load(own, tmp_path / "root", 2)[0].frames
     assert np.array_equal(frames[0], slow_frames(plain, 2, (12, 9), 12))
     out = capsys.readouterr().out
     assert (f"polarity: {low} is read as off, {high} as on" in out) == ((low, high) != (0, 1))
     coded["polarity"] = low
-    write_npy(own / "a" / "1.npy", coded)
+    write(own / "a" / "1.npy", coded)
     data.load(own, tmp_path / "root", 2)
     assert ("1 recordings have one polarity only" in capsys.readouterr().out) == (low > 0)
     coded["polarity"][:2] = 7, 9
-    write_npy(own / "a" / "0.npy", coded)
+    write(own / "a" / "0.npy", coded)
     with pytest.raises(data.UserError, match="more than two polarities"):
         data.load(own, tmp_path / "root", 2)
 
 
 def test_own_plain_arrays_need_their_columns(tmp_path):
     events = recording(60)
-    for name in ("a/0", "a/1", "b/0", "b/1"):
-        write_npy(tmp_path / "own" / f"{name}.npy", np.stack([events[f] for f in "typx"], 1))
+    for name in many("a", "b", n=2):
+        write(tmp_path / "own" / name, np.stack([events[f] for f in "typx"], 1))
     with pytest.raises(data.UserError, match="--columns xytp"):
         data.load(tmp_path / "own", tmp_path / "root", 2)
     frames = data.load(tmp_path / "own", tmp_path / "root", 2, columns="typx")[0].frames
@@ -1644,7 +1637,7 @@ def test_own_plain_arrays_need_their_columns(tmp_path):
 def test_own_aedat4_names_its_sensor_and_is_checked(tmp_path, capsys):
     dv = pytest.importorskip("dv_processing")
     for i, size in enumerate([(64, 48), (64, 48), (32, 32), (64, 48)]):
-        write_aedat4(tmp_path / "own" / "ab"[i % 2] / f"{i}.aedat4", recording(60), size)
+        write(tmp_path / "own" / "ab"[i % 2] / f"{i}.aedat4", recording(60), size)
     assert data.load(tmp_path / "own", tmp_path / "root", 2)[0].sensor == [64, 48]
     out = capsys.readouterr().out
     assert "named by the recordings" in out
@@ -1711,7 +1704,7 @@ def test_own_flat_folder_pretrains_and_another_folder_is_fine_tuned(shapes, tmp_
     assert same(tmp_path / "pre", tmp_path / "both", "pretrained.pt")
     lines = run_tiny(shapes, tmp_path / "other", "--init", tmp_path / "pre" / "pretrained.pt")
     assert any("pre-trained at 32 pixels, this run has 16" in line for line in lines)
-    args = load(tmp_path / "other" / "finetuned.pt")["args"]
+    args = torch.load(tmp_path / "other" / "finetuned.pt")["args"]
     assert (args["pretrain_size"], args["image_size"]) == (32, 16)
 
 
@@ -1719,7 +1712,7 @@ def test_own_resume_with_other_recordings_stops(shapes, tmp_path):
     shutil.copytree(shapes, tmp_path / "own")
     run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0")
     (tmp_path / "own" / "Train" / "a" / "0.npy").rename(tmp_path / "own" / "Test" / "a" / "new.npy")
-    with pytest.raises(data.UserError, match="recordings"):
+    with pytest.raises(data.UserError, match="was made with recordings"):
         run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0", "--resume")
 
 
