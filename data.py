@@ -530,13 +530,9 @@ def list_folder(folder, columns, test_only):
 
     Raises UserError if there is no recording, OSError for a folder that cannot be read.
     """
-    def refuse(error):  # os.walk would pass over a folder that cannot be read
-        raise error
-
     folder = Path(folder).expanduser()
-    paths = [Path(path, name).relative_to(folder)
-             for path, _, names in os.walk(folder, onerror=refuse) for name in names]
-    shown = [f for f in paths if f.suffix in READERS and not any(p[0] == "." for p in f.parts)]
+    paths = files_below(folder)
+    shown = [f for f in paths if is_recording(f)]
     used = [f for f in shown if len(f.parts) == 3 and f.parts[0].lower() in ("train", "test")]
     if used:
         recordings = [(f.parts[0].lower(), f.parts[1], str(folder / f)) for f in used]
@@ -562,6 +558,20 @@ def list_folder(folder, columns, test_only):
         print(f"warning: {folder}: not both to train and to test on: class {', '.join(unpaired)}")
     classes = sorted(train | test, key=natural_key)
     return recordings, classes, functools.partial(read_file, columns=columns), None
+
+
+def files_below(folder):
+    """List all files below a folder, and behind links there -> their paths in the folder."""
+    def refuse(error):  # os.walk would pass over a folder that cannot be read
+        raise error
+    return [Path(path, name).relative_to(folder)
+            for path, _, names in os.walk(folder, onerror=refuse, followlinks=True)
+            for name in names]
+
+
+def is_recording(f):
+    """Tell whether a file, f its path in the folder, is neither hidden nor of another ending."""
+    return f.suffix in READERS and not any(part[0] == "." for part in f.parts)
 
 
 def kind_of_unused(f):

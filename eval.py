@@ -253,14 +253,16 @@ def predict_files(args):
         raise UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
     files, rows = [], []
     for path in map(Path, args.predict):
-        inside = [file for file in sorted(path.rglob("*")) if file.suffix in data.READERS
-                  and not any(part[0] == "." for part in file.relative_to(path).parts)]
-        files += inside if path.is_dir() else [path]
+        if path.is_dir():
+            files += sorted(path / f for f in data.files_below(path) if data.is_recording(f))
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"--predict: no recordings in {', '.join(args.predict)}")
 
     def to_frames(events, key):
         return data.to_frames(events, *(
             train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
-
     read = functools.partial(data.read_file, columns=args.columns or train_args["columns"])
     for path in files:
         frames, error = data.try_recording(str(path), to_frames, read)

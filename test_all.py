@@ -1485,7 +1485,7 @@ def error_of(script, *argv):
     "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
     "--ckpt CKPT --device gpu -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
-    "--ckpt CKPT CKPT --pictures p -> --pictures"])
+    "--ckpt CKPT CKPT --pictures p -> --pictures", "--ckpt CKPT --predict FOLDER -> no recordings"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):
     evil = f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()  # a pickle that runs a command
     files = {"empty": b"", "half": (whole / "finetuned.pt").read_bytes()[:9000]}
@@ -1571,6 +1571,9 @@ def test_own_everything_left_out_is_named_once(tmp_path, capsys):
     expected = {"1 .txt", "1 beside the folders", "1 hidden: ._1.npy", "1 hidden: .old",
                 "1 hidden: .x.npy", "1 in Train/a/deep/", "2 in Val/a/"}
     assert len(said) == 1 and set(said[0].split("left out: ")[1].split(", ")) == expected
+
+    (own / "Train" / "c").symlink_to(own / "Val" / "a")  # links are followed
+    assert len(data.load(own, tmp_path / "root", 2)[0].labels) == 6
 
 
 def test_own_names_decide_order_and_split(tmp_path, capsys):
