@@ -32,6 +32,7 @@ from tqdm import tqdm
 # A queue stays well below the number of recordings, or positives return as negatives.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
+NO_FLIP_AUG = MILD_AUG | dict(flip=False)  # [E] for gestures, to pre-train and to fine-tune
 # Instead of NDA's: every view is shifted, resized, rotated and sheared; no hole. No flip, because
 # left and right may differ: in gestures, digits, a folder.
 AFFINE_AUG = dict(num_ops=4, flip=False, min_scale=0.6, max_scale=1.6, shift=0.08, rotation=25,
@@ -58,20 +59,19 @@ DEFAULTS = dict(
     batch_size=16,  # [S]
 )
 # what --init takes over from the run that pre-trained the encoder, beside its weights
-PRETRAINING = [key for key in DEFAULTS if key.startswith("pretrain")] + [
-    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta", "pretrain_on",
-    "pretrain_size"]
-NO_FLIP = dict(pretrain_aug=MILD_AUG | dict(flip=False),  # mild [E]
-               finetune_aug=MILD_AUG | dict(flip=False))
+PRETRAINING = [
+    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
+    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
 # Chosen on training recordings of N-MNIST that were held back; see docs/experiments.md.
 REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, momentum=0.99,
-            finetune_aug=MILD_AUG | dict(flip=False))
+            finetune_aug=NO_FLIP_AUG)
 DATASETS = {
     "toy": DEFAULTS | dict(
         n_frames=4, image_size=16, labels_per_class=2, arch="spikformer-1-64", pretrain_epochs=30,
         queue_size=128, momentum=0.99, temperature=0.4, epochs=100, lr=1e-4, batch_size=32),
     "cifar10dvs": DEFAULTS,
-    "dvsgesture": DEFAULTS | NO_FLIP | dict(queue_size=512),
+    "dvsgesture": DEFAULTS | dict(
+        pretrain_aug=NO_FLIP_AUG, finetune_aug=NO_FLIP_AUG, queue_size=512),
     "ncaltech101": DEFAULTS | dict(arch="sew-resnet-18"),  # the paper's best backbone there
     "nmnist": DEFAULTS | REAL | dict(
         n_frames=10, image_size=34, pretrain_epochs=20, epochs=20, batch_size=128),
@@ -101,7 +101,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     without Train and Test. Frames are made once, by all cores, and cached in root/frames, by
     cache_key. Scripts call this under `if __name__ == "__main__":`: worker processes import them.
     """
-    config, root = default_config(name), Path(root).expanduser()
+    name, root = resolve(name), Path(root).expanduser()
+    config = default_config(name)
     # recordings: [("train" or "test", class, key)], where read(key) -> events
     if name == "toy":
         recordings, classes, read, known_sensor = list_toy()
@@ -112,19 +113,20 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural_key(r[2])))
 
     prefix = root / "frames" / Path(name).name
-    sensor = known_sensor or sensor or infer_sensor_size(prefix, recordings, read, columns)
+    sensor = list(known_sensor or sensor or infer_sensor_size(prefix, recordings, read))
     settings = dict(n_frames=n_frames or config["n_frames"], frames_by=frames_by, sensor=sensor,
                     size=size or config["image_size"] or min(128, max(8, *sensor)))
-    path = Path(f"{prefix}-{cache_key(recordings, read, columns, **settings)}.npy")
+    path = Path(f"{prefix}-{cache_key(recordings, read, settings)}.npy")
     if not path.with_suffix(".json").exists():
         make_frames(path, recordings, read, **settings)
     about = json.loads(path.with_suffix(".json").read_text())
-    report_broken(about["broken"], len(recordings), skip_broken)
+    if about["broken"]:
+        report_broken(about["broken"], len(recordings), skip_broken)
     recordings = about["recordings"]  # without the broken ones
     frames = np.load(path, mmap_mode="c")  # "c", because torch wants memory that it could write to
     labels = np.array([classes.index(cls) for _, cls, _ in recordings])
     names = [f"{cls}/{Path(key).name}" for _, cls, key in recordings]
-    both = Split(frames[: len(names)], labels, classes, about["sensor"], names)
+    both = Split(frames[: len(names)], labels, classes, sensor, names)
     n = sum(split == "train" for split, _, _ in recordings)
     if n == len(names) or n == 0 and not test_only:
         raise UserError(f"{name}: no recordings to {'train' if n == 0 else 'test'} on")
@@ -139,7 +141,7 @@ def select(split, index):
 
 def fingerprint(split):
     """Hash the names of a split's recordings, to tell later whether it is the same split."""
-    names = "\n".join(split.names).encode(errors="surrogateescape")  # they need not be UTF-8
+    names = os.fsencode("\n".join(split.names))  # they need not be UTF-8
     return hashlib.sha256(names).hexdigest()[:12]
 
 
@@ -152,7 +154,7 @@ def default_config(name):
     """Return the row of DATASETS, or FOLDER_DEFAULTS for a folder. Raises UserError otherwise."""
     if name in DATASETS:
         return DATASETS[name]
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(name):
         return FOLDER_DEFAULTS
     raise UserError(f"--dataset {name}: neither a folder nor one of {', '.join(DATASETS)}")
 
@@ -162,13 +164,11 @@ def default_config(name):
 def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     """Count the events of a recording -> [n_frames, 2, size, size], uint8 or, past 255, int16.
 
-    A pixel counts 32,767 events at most.
-
     events: structured array with fields x, y (pixels), t (any unit) and p (the larger of its two
     values is on; a single one is on above 0); sensor_size: (W, H) pixels. Each frame has equally
     many events or, if frames_by is "time", lasts equally long; the last one takes the remainder
-    too (as in SpikingJelly). A pixel of the frame sums the sensor's pixels that fall into it.
-    Raises ValueError for events outside the sensor.
+    too (as in SpikingJelly). A pixel of the frame sums the sensor's pixels that fall into it, up to
+    32,767 events. Raises ValueError for events outside the sensor.
     """
     (width, height), n = sensor_size, len(events)
     t = np.ascontiguousarray(events["t"])  # a structured array interleaves its fields: slow to scan
@@ -213,6 +213,7 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
             counts, fact = result
             if counts.itemsize > frames.itemsize:  # the first count past 255: all become int16
                 part.unlink()
+                # the deleted file can be read as long as narrow maps it
                 narrow, frames = frames, np.lib.format.open_memmap(part, "w+", np.int16, shape)
                 frames[: len(valid)] = narrow[: len(valid)]
             frames[len(valid)] = counts  # rows behind the last valid recording stay unused
@@ -221,8 +222,7 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
         warn_of_losses(facts, n_frames, size, sensor)
         # Only now do the files get their names: an interrupted run leaves nothing to train on.
         os.replace(part, path)
-        write_json(path.with_suffix(".json"),
-                   dict(sensor=sensor, recordings=valid, broken=broken))
+        write_json(path.with_suffix(".json"), dict(recordings=valid, broken=broken))
     finally:
         part.unlink(missing_ok=True)
 
@@ -235,34 +235,34 @@ def frames_and_facts(events, key, **settings):
 
 def warn_of_losses(facts, n_frames, size, sensor):
     """Print what the frames do not show, and how a polarity other than 0 and 1 is read."""
-    events, lowest, highest = zip(*facts) if facts else ([], [], [])
-    if few := sum(n < n_frames for n in events):
+    if few := sum(n < n_frames for n, _, _ in facts):
         print(f"warning: {few} recordings have fewer events than the {n_frames} frames")
     if size > max(sensor):
         print(f"warning: frames of {size} pixels are larger than the sensor, {sensor[0]} x "
               f"{sensor[1]}: {size - sensor[0]} of {size} columns stay empty")
-    for low, high in sorted(set(zip(lowest, highest))):
-        if low < high and (low, high) != (0, 1):
-            print(f"polarity: {low} is read as off, {high} as on")
-    off = {low for low, high in zip(lowest, highest) if low < high}
-    if n := sum(low == high > 0 and low in off for low, high in zip(lowest, highest)):
+    pairs = {(low, high) for _, low, high in facts if low < high}
+    for low, high in sorted(pairs - {(0, 1)}):
+        print(f"polarity: {low} is read as off, {high} as on")
+    off = {low for low, _ in pairs}
+    if n := sum(low == high > 0 and low in off for _, low, high in facts):
         print(f"warning: {n} recordings have one polarity only, which is off in others: it is read "
               "as on")
 
 
-def cache_key(recordings, read, *settings, **more):
+def cache_key(recordings, read, settings):
     """Hash all that the frames depend on: names, sizes, times, settings and the code."""
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
-    readers = [getattr(read, "func", read), *READERS.values()]  # .func: that of functools.partial
-    code = [inspect.getsource(f) for f in (to_frames, toy_outlines, *readers)]
     stats = [(f.st_size, f.st_mtime_ns) for f in files]
-    made_from = json.dumps([recordings, stats, settings, more, code], sort_keys=True)
+    read = functools.partial(read)  # a function or already a partial: now .func and .keywords
+    functions = to_frames, toy_outlines, read.func, *READERS.values()
+    code = [inspect.getsource(f) for f in functions]  # toy_outlines: simulate_toy calls it
+    made_from = json.dumps([recordings, stats, settings, read.keywords, code], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
 
-def infer_sensor_size(prefix, recordings, read, columns):
+def infer_sensor_size(prefix, recordings, read):
     """Find, print and cache the smallest sensor [W, H] that holds the events of all recordings."""
-    path = Path(f"{prefix}-{cache_key(recordings, read, columns)}.sensor.json")
+    path = Path(f"{prefix}-{cache_key(recordings, read, {})}.sensor.json")
     if not path.exists():
         measured = list(map_recordings(sensor_of, recordings, read))
         sizes = [size for _, size, error in measured if not error]
@@ -309,8 +309,6 @@ def map_recordings(measure, recordings, read):
 
 def report_broken(broken, total, skip_broken):
     """Raise UserError with the broken recordings, 20 at most, or warn of them if skip_broken."""
-    if not broken:
-        return
     remedy = "left out" if skip_broken else "remove them or pass --skip-broken"
     lines = broken[:20] + ([f"and {len(broken) - 20} more"] if len(broken) > 20 else [])
     text = "\n  ".join([f"{len(broken)} of {total} recordings are broken: {remedy}:", *lines])
@@ -323,6 +321,8 @@ def try_recording(key, measure, read):
     """Measure the events of one recording -> (result, ""), or (None, what is wrong with it)."""
     try:
         return measure(validate_events(read(key)), key), ""
+    except KeyboardInterrupt:
+        raise
     except BaseException as e:  # decoders in Rust raise PanicException, which is no Exception
         return None, format_error(e)
 
@@ -376,8 +376,7 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
         if torch.device(device).type == "cuda" and not x.is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # copied while the GPU is at work
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        x = x.transpose(0, 1)  # [T, B, 2, H, W]
-        yield x.to(torch.float32, memory_format=torch.contiguous_format), y
+        yield x.transpose(0, 1).contiguous().float(), y  # [T, B, 2, H, W], [B]
 
 
 def to_gpu_if_fits(split, device):
@@ -441,6 +440,7 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
 
+    # the four in random order, of which the first num_ops are used
     shifted, rotated, sheared, cut = torch.rand(4, B, device=device).argsort(0) < num_ops  # [B]
     side = (min_scale + torch.rand(B, device=device) * (max_scale - min_scale)).sqrt()
     return dict(
@@ -530,7 +530,7 @@ def list_folder(folder, columns, test_only):
 
     Raises UserError if there is no recording, OSError for a folder that cannot be read.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     paths = files_below(folder)
     shown = [f for f in paths if is_recording(f)]
     used = [f for f in shown if len(f.parts) == 3 and f.parts[0].lower() in ("train", "test")]
@@ -539,7 +539,7 @@ def list_folder(folder, columns, test_only):
         recordings = [r for r in recordings if r[0] == "test" or not test_only]
     else:
         used = [f for f in shown if len(f.parts) == 2] or [f for f in shown if len(f.parts) == 1]
-        unsplit = [(f.parent.name or folder.resolve().name, str(folder / f)) for f in used]
+        unsplit = [(f.parent.name or folder.name, str(folder / f)) for f in used]
         recordings = [("test", *r) for r in unsplit] if test_only else split_by_class(unsplit)
 
     if not recordings:
@@ -683,9 +683,9 @@ def list_tonic(name, root):
     for attribute, address in addresses.items():
         setattr(tonic_class, attribute, address)
     has_split = "train" in inspect.signature(tonic_class).parameters
-    splits, recordings = ("train", "test") if has_split else ("all",), []
-    for split in splits:
-        options = dict(train=split == "train") if has_split else {}
+    recordings = []
+    for prefix in ("train_", "test_") if has_split else ("",):  # of tonic's attributes
+        options = dict(train=prefix == "train_") if has_split else {}
         try:
             dataset = tonic_class(str(root), **options)
             if not dataset.data:  # N-Caltech101's archive holds another one, still packed
@@ -693,13 +693,12 @@ def list_tonic(name, root):
                 tonic.download_utils.extract_archive(str(inner), str(folder))
                 dataset = tonic_class(str(root), **options)
         except Exception as e:
-            prefix = f"{split}_" if has_split else ""
             attributes = prefix + "url", prefix + "filename", (prefix or "file_") + "md5"
             url, file, md5 = (getattr(tonic_class, attribute) for attribute in attributes)
             raise UserError(f"{name} cannot be downloaded ({format_error(e)}): fetch {url} (md5 "
                             f"{md5}), put it at {folder / file}, run again")
         classes = list(getattr(dataset, "classes", sorted(set(dataset.targets))))
-        recordings += [(split, target if isinstance(target, str) else classes[target], path)
+        recordings += [(prefix[:-1], target if isinstance(target, str) else classes[target], path)
                        for target, path in zip(dataset.targets, dataset.data)]
     if len(recordings) < total:
         print(f"warning: {len(recordings):,} of the {total:,} recordings of {name} are there; to "

@@ -588,7 +588,7 @@ def test_data_batches_hold_every_recording_once(n, world_size, shuffle):
     sizes, order = [len(y) for y in alone], torch.cat(alone).tolist()
     assert sizes == {24: [12, 12], 25: [9, 8, 8], 26: [9, 9, 8]}[n]  # no small last batch
     assert sorted(order) == list(range(n)) and (order != sorted(order)) == shuffle
-    shares = [torch.load(rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [load(rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({tuple(map(len, share)) for share in shares}) == 1  # no process waits for another
     interleaved = torch.stack([torch.cat(share) for share in shares], 1).flatten().tolist()
     assert interleaved == order[: n - n % world_size]
@@ -1210,9 +1210,9 @@ def test_train_optimizer_decays_weights_only_and_rates_follow_a_cosine():
     rates = [train.warmup_cosine(step, 40) for step in range(40)]
     assert rates == pytest.approx([0.5, *cosine[1:]])  # two steps of warm-up
 
-    p, batches = torch.nn.Parameter(torch.tensor(0.0)), [(1.0, torch.tensor(0.5))] * 2
+    p, batch = torch.nn.Parameter(torch.tensor(0.0)), (torch.tensor(1.0), torch.tensor(0.5))
     results = train.train_one_epoch(
-        lambda x, y: (p + x, y), batches, torch.optim.SGD([p], 9.0), [0.1, 0.2], "cpu")
+        lambda x, y: (p + x, y), [batch] * 2, torch.optim.SGD([p], 9.0), [0.1, 0.2])
     assert p.item() == pytest.approx(-0.3) and results == pytest.approx([0.95, 0.5])
 
 
@@ -1485,7 +1485,8 @@ def error_of(script, *argv):
     "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
     "--ckpt CKPT --device gpu -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
-    "--ckpt CKPT CKPT --pictures p -> --pictures", "--ckpt CKPT --predict FOLDER -> no recordings"])
+    "--ckpt CKPT CKPT --pictures p -> --pictures",
+    "--ckpt CKPT --predict FOLDER -> no recordings"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):
     evil = f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()  # a pickle that runs a command
     files = {"empty": b"", "half": (whole / "finetuned.pt").read_bytes()[:9000]}

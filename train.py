@@ -42,7 +42,7 @@ def main(argv=None):
     neuron.COMPILE = not args.no_compile
 
     # ============ data ============
-    train, test, unlabelled = load_data(args)  # unlabelled is train, if not for --pretrain-on
+    train, test, unlabelled = load_data(args)  # unlabelled: of --pretrain-on, or train
     labelled = few_shot_subset(train, args.labels_per_class, args.seed)
 
     # ============ encoder ============
@@ -106,6 +106,7 @@ def pretrain(encoder, train, args, state):
     if args.queue_size >= len(train.labels):
         print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: "
               f"positives return as negatives; try --queue-size {len(train.labels) // 4 + 1}")
+    # moco, not model: its names of parameters do not depend on how it is wrapped
     train_phase("pretrain", moco, encoder, compute_loss, train, args.pretrain_epochs,
                 args.pretrain_lr, args, state, monitor if len(train.classes) > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
@@ -185,13 +186,13 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         # one epoch, with a progress bar in the terminal (None: no bar elsewhere) of process 0
         bar = tqdm(batches, name, steps, leave=False, disable=True if rank else None)
         model.train()
-        loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, lrs, args.device)
+        loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, lrs)
         if not math.isfinite(loss):
             raise UserError(f"{name}: the loss is {loss}; state.pt holds the epoch before; start "
                             "again with a lower learning rate")
 
         # log and state
-        x, _ = next(data.batches(split, args.batch_size, args.device))
+        x, _ = next(data.batches(split, args.batch_size, args.device))  # always the same
         due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
         row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}",
                    rate=f"{firing_rate(encoder, x):.4f}", lr=f"{lrs[0]:.2e}",
@@ -204,22 +205,16 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         save("state.pt", args, state)
 
 
-def train_one_epoch(compute_loss, batches, optimizer, lrs, device):
+def train_one_epoch(compute_loss, batches, optimizer, lrs):
     """Take one step per batch, each at its learning rate -> mean loss and mean accuracy."""
     history = []
     for (x, y), lr in zip(batches, lrs):
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-        # forward
-        with models.autocast(device):
+        with models.autocast(x.device):
             loss, accuracy = compute_loss(x, y)
-
-        # backward
         optimizer.zero_grad()
         loss.backward()
-
-        # step
         optimizer.step()
         history.append(torch.stack([loss.detach(), accuracy]))
     means = torch.stack(history).mean(0)
@@ -263,7 +258,7 @@ def wrap_model(model, args):
     on_gpu = torch.device(args.device).type == "cuda"
     if dist.is_initialized():
         if on_gpu:  # on CPUs, batch norm sees a process's own share: there is no SyncBatchNorm
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces its layers in place
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if on_gpu and not args.no_compile:
         print("the first steps compile the network: minutes (--no-compile: never)")
@@ -281,7 +276,8 @@ def load_data(args):
     settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
                     sensor=args.sensor, frames_by=args.frames_by, columns=args.columns)
     train, test = data.load(args.dataset, size=args.image_size, **settings)
-    args.image_size = args.pretrain_size = train.frames.shape[-1]  # --init changes the latter
+    args.image_size = train.frames.shape[-1]
+    args.pretrain_size = args.image_size  # --init will replace it by that of its own run
     train = unlabelled = data.to_gpu_if_fits(train, args.device)
     if args.pretrain_on:
         unlabelled, _ = data.load(args.pretrain_on, size=args.image_size, **settings)
@@ -314,12 +310,13 @@ def load_pretrained_encoder(encoder, args):
     """Copy the encoder of the checkpoint --init, of either kind, and the flags that made it."""
     source, checkpoint = models.load_model(args.init)
     source = source.encoder if checkpoint["kind"] == "finetuned" else source
+    was = checkpoint["args"]
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
-        raise UserError("--init {}: holds {arch} for {image_size} pixels, this run builds {} for {}"
-                        .format(args.init, args.arch, args.image_size, **checkpoint["args"]))
-    vars(args).update({name: checkpoint["args"][name] for name in data.PRETRAINING})
+        raise UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, "
+                        f"this run builds {args.arch} for {args.image_size}")
+    vars(args).update({name: was[name] for name in data.PRETRAINING})
     if args.pretrain_size != args.image_size:
         print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
               f"{args.image_size}: the network pools at other places and sees other sizes")
@@ -334,7 +331,7 @@ def make_run_dir(args, classes):
     last of them that exists. The state is {"log": rows, "classes": names} and, for each phase
     begun, {phase: its last epoch, model and optimizer}.
     """
-    found = [None, {"log": [], "classes": classes}]
+    found = [None, {"log": [], "classes": classes}]  # folder and state, for all processes
     if rank_and_world_size()[0] == 0:
         first = Path(args.out or f"runs/{Path(args.dataset).name}").expanduser()
         folders = [first] + [first.with_name(f"{first.name}-{i}") for i in range(2, 10_000)]
@@ -419,11 +416,11 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def in_range(kind, low, high=math.inf):
-    """Make a type for argparse: an int or a finite float from low to high."""
+def in_range(kind, low, high=10**9):
+    """Make a type for argparse: an int or a float from low to high."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:  # NaN is not in any range
+        if not low <= value <= high:  # NaN is not in any range
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return number
@@ -471,7 +468,7 @@ def parse_args(argv):
     add("--batch-size", type=in_range(int, 2), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
-    add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order and views")
+    add("--seed", type=in_range(int, 0), default=0, help="of weights, order and views")
     add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")

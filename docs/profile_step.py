@@ -62,7 +62,7 @@ def steps(n):
     """Take n pre-training steps, then wait for the device."""
     def compute_loss(x, y):
         return model(data.augment(x), data.augment(x)), net.accuracy
-    train.train_one_epoch(compute_loss, [(x, None)] * n, optimizer, [1e-3] * n, args.device)
+    train.train_one_epoch(compute_loss, [(x, None)] * n, optimizer, [1e-3] * n)
 
 
 began = time.time()
