@@ -416,11 +416,11 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def in_range(kind, low, high=10**9):
-    """Make a type for argparse: an int or a float from low to high."""
+def in_range(kind, low, high=math.inf):
+    """Make a type for argparse: an int or a finite float from low to high."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high:  # NaN is not in any range
+        if not low <= value <= high or value == math.inf:  # NaN is not in any range
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return number
@@ -468,7 +468,7 @@ def parse_args(argv):
     add("--batch-size", type=in_range(int, 2), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
-    add("--seed", type=in_range(int, 0), default=0, help="of weights, order and views")
+    add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order and views")
     add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
