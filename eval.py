@@ -470,7 +470,7 @@ def parse_args(argv):
     add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="size of a folder's sensor")
     add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
-    add("--predict", nargs="+", metavar="PATH", 
+    add("--predict", nargs="+", metavar="PATH",
         help="classify these recordings or folders of them, with the sensor of training")
     add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")

@@ -199,16 +199,17 @@ def slow_mix_info_nce(q, k, queue, temperature, alpha, beta):
     return alpha * info_nce(mbc_logits) + beta * sum(mac) / T, mbc_logits
 
 
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("T, B, K, D", [(1, 1, 1, 2), (4, 3, 7, 5), (3, 8, 2, 16)])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
-def test_loss_logits_and_gradient_equal_a_loop(T, B, K, D, temperature, dtype):
+def test_loss_logits_and_gradient_equal_a_loop(alpha, beta, T, B, K, D, temperature, dtype):
     """Check that all is computed in float32 also from bf16 under autocast."""
     (q, k), queue = torch.randn(2, T, B, D).to(dtype), torch.randn(K, T, D)
     q, slow_q = q.clone().requires_grad_(), q.clone().requires_grad_()
     with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-        value, logits = loss.mix_info_nce(q, k, queue, temperature, 0.3, 2.0)
-    slow_value, mbc_logits = slow_mix_info_nce(slow_q, k, queue, temperature, 0.3, 2.0)
+        value, logits = loss.mix_info_nce(q, k, queue, temperature, alpha, beta)
+    slow_value, mbc_logits = slow_mix_info_nce(slow_q, k, queue, temperature, alpha, beta)
     value.backward(), slow_value.backward()
     assert value.dtype == logits.dtype == FLOAT
     slow = slow_value.float(), mbc_logits.float()
@@ -376,7 +377,7 @@ def test_models_exchange_weights_with_spikingjelly(arch):
 
 @pytest.mark.parametrize("arch, size, dim", [
     ("sew-resnet-18-8", 32, 64), ("sew-resnet-18-8", 64, 64), ("spikformer-1-32", 34, 32),
-    ("spikformer-2-48", 64, 48)])
+    ("spikformer-2-48", 64, 48), ("spikformer-1-16", 17, 16)])
 def test_models_have_a_gradient_everywhere_and_no_state(arch, size, dim):
     net, x = models.build(arch, size), torch.poisson(torch.full((3, 4, 2, size, size), 1.0))
     block = next(m for m in net.modules() if isinstance(m, models.ConvLIF))
@@ -523,7 +524,10 @@ def test_data_frames_equal_a_slow_loop_and_lose_no_event(n, sensor, size):
         assert np.array_equal(frames, slow_frames(events, 4, sensor, size))
 
 
-def test_data_frames_count_to_32767():
+def test_data_frames_count_past_255_and_to_32767():
+    frames = data.to_frames(recording(5000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
+    assert frames.dtype == np.int16 and frames[..., 0, 0].sum() == frames.sum(dtype=int) == 5000
+    assert frames.max() > 255
     frames = data.to_frames(recording(300_000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
     assert frames.dtype == np.int16 and (frames[..., 0, 0] == 32767).all()
     assert frames.sum(dtype=int) == 8 * 32767
@@ -720,8 +724,11 @@ def test_data_folder_says_what_it_passes_over(tmp_path, capsys):
     own = tmp_path / "My.Data"
     for name in ("Train/a/1.npy", "Train/b/1.npy", "Test/a/1.npy", "Test/c/1.npy"):
         write(own / name, recording(60))
+    for name in ("Train/a/1.h5", "Test/c/1.h5"):
+        (own / name).touch()
     load_folder(tmp_path)
-    warning, sensor = capsys.readouterr().out.splitlines()
+    left_out, warning, sensor = capsys.readouterr().out.splitlines()
+    assert left_out == f"{own}: left out: 2 .h5"
     assert warning == f"warning: {own}: not both to train and to test on: class b, c"
     assert sensor.startswith("sensor: 12 x 9 pixels")
     for path in own.glob("Test/*/1.npy"):
@@ -1286,7 +1293,7 @@ def test_train_rate_is_the_share_of_spikes():
     assert train.firing_rate(encoder, x) == 0
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3, 5, 6])  # 4 leaves the state of 3
+@pytest.mark.parametrize("moment", range(1, 7))
 def test_train_resumes_bit_for_bit(shapes, whole, tmp_path, monkeypatch, moment):
     """Interrupted half-way through writing state.pt (1, 2, 4, 5), pretrained.pt, finetuned.pt."""
     save, paths = torch.save, []
@@ -1389,14 +1396,12 @@ def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkey
         assert Path(args.out) == Path("runs") / name and (Path(args.out) / "log.csv").exists()
 
 
-def test_train_under_torchrun(shapes, whole, tmp_path, monkeypatch):
+def test_train_under_torchrun(shapes, whole, tmp_path):
     """One process is a run without torchrun; two share the work, write once, and resume."""
-    for flags in [], ["--epochs", 3, "--resume"]:
-        run = start(*TORCHRUN, 2, "train.py", *tiny(shapes, tmp_path / "two", *flags))
+    for processes, out, *flags in [(1, "one"), (2, "two"), (2, "two", "--epochs", 3, "--resume")]:
+        run = start(*TORCHRUN, processes, "train.py", *tiny(shapes, tmp_path / out, *flags))
         text, error = run.communicate(timeout=150)
         assert run.returncode == 0 and text.count("test accuracy") == 1, error
-    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun sets it for a single process
-    run_tiny(shapes, tmp_path / "one")
     assert same_run(whole, tmp_path / "one")
     assert [row["epoch"] for row in read_log(tmp_path / "two")] == list("12123")
     assert all(0 < float(row["loss"]) < 9 for row in read_log(tmp_path / "two"))
@@ -1468,13 +1473,14 @@ def error_of(script, *argv):
 # What the error must say is behind the arrow, or it is the first flag.
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr 0", "--pretrain-lr inf", "--weight-decay nan", "--alpha -1", "--epochs -1",
-    "--momentum 1.5", "--temperature 0", "--n-frames 0", "--queue-size 0",
+    "--momentum 1.5", "--momentum -0.1", "--temperature 0", "--n-frames 0", "--queue-size 0",
     "--image-size 0", "--batch-size -3", "--labels-per-class -1", "--sensor 0 9", "--dataset",
     "--seed 99999999999999999999", "--device gpu", "--device cuda:99", "--pretrain-epoch 3",
     "--beta 0 --alpha 0 -> --beta 0", "--epochs 0 --pretrain-epochs 0 -> nothing to do",
     "--dataset no/such -> no/such: neither a folder nor one of toy", "--dataset FOLDER -> folder",
     "--arch resnet-50 -> 'resnet-50'", "--arch sew-resnet-18-4 -> multiple of 8",
-    "--init no/such.pt -> no/such.pt", "--init FOLDER -> folder",
+    "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
+    "--init FOLDER -> folder",
     "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
@@ -1483,7 +1489,7 @@ def error_of(script, *argv):
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
     "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
     "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
-    "--ckpt CKPT --device gpu -> --device",
+    "--ckpt CKPT --device gpu -> --device", "--ckpt CKPT --device cuda:99 -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures",
     "--ckpt CKPT --predict FOLDER -> no recordings"])
