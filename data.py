@@ -90,16 +90,17 @@ class UserError(Exception):
 
 
 def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=None,
-         frames_by="count", columns=None, test_only=False):
+         frames_by="count", columns=None, only=None):
     """Load a data set -> (train, test), each a Split. Raises UserError.
 
     name: a key of DATASETS, downloaded into root if missing, or a folder: see list_folder. n_frames
     and size (pixels) default to the data set's row; a folder's size to its sensor's, 128 at most,
     and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings that cannot
     be read, which otherwise are an error. frames_by: see to_frames; columns: the order of plain
-    [N, 4] arrays, as "xytp". test_only leaves out a folder's Train, or tests all recordings of one
-    without Train and Test. Frames are made once, by all cores, and cached in root/frames, by
-    cache_key. Scripts call this under `if __name__ == "__main__":`: worker processes import them.
+    [N, 4] arrays, as "xytp". only: "train" or "test" leaves out a folder's other split, or puts all
+    recordings of a folder without Train and Test into this one. Frames are made once, by all cores,
+    and cached in root/frames, by cache_key. Scripts call this under `if __name__ == "__main__":`:
+    worker processes import them.
     """
     name, root = resolve(name), Path(root).expanduser()
     config = default_config(name)
@@ -109,7 +110,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     elif name in TONIC_DATASETS:
         recordings, classes, read, known_sensor = list_tonic(name, root)
     else:
-        recordings, classes, read, known_sensor = list_folder(name, columns, test_only)
+        recordings, classes, read, known_sensor = list_folder(name, columns, only)
     recordings.sort(key=lambda r: (r[0] == "test", classes.index(r[1]), natural_key(r[2])))
 
     prefix = root / "frames" / Path(name).name
@@ -128,7 +129,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     names = [f"{cls}/{Path(key).name}" for _, cls, key in recordings]
     both = Split(frames[: len(names)], labels, classes, sensor, names)
     n = sum(split == "train" for split, _, _ in recordings)
-    if n == len(names) or n == 0 and not test_only:
+    if n == 0 and only != "test" or n == len(names) and only != "train":
         raise UserError(f"{name}: no recordings to {'train' if n == 0 else 'test'} on")
     return select(both, slice(None, n)), select(both, slice(n, None))
 
@@ -521,7 +522,7 @@ def simulate_toy(key, steps=32, threshold=0.25):
 
 # ---------------------------------------------------------- where recordings come from: a folder
 
-def list_folder(folder, columns, test_only):
+def list_folder(folder, columns, only):
     """List the recordings of a folder -> (recordings, classes, read, None); name what is left out.
 
         FOLDER/Train|Test/<class>/<recording>
@@ -536,11 +537,11 @@ def list_folder(folder, columns, test_only):
     used = [f for f in shown if len(f.parts) == 3 and f.parts[0].lower() in ("train", "test")]
     if used:
         recordings = [(f.parts[0].lower(), f.parts[1], str(folder / f)) for f in used]
-        recordings = [r for r in recordings if r[0] == "test" or not test_only]
+        recordings = [r for r in recordings if only in (None, r[0])]
     else:
         used = [f for f in shown if len(f.parts) == 2] or [f for f in shown if len(f.parts) == 1]
         unsplit = [(f.parent.name or folder.name, str(folder / f)) for f in used]
-        recordings = [("test", *r) for r in unsplit] if test_only else split_by_class(unsplit)
+        recordings = [(only, *r) for r in unsplit] if only else split_by_class(unsplit)
 
     if not recordings:
         raise UserError(f"{folder}: no recordings: expected <class>/<recording> or "
@@ -554,7 +555,7 @@ def list_folder(folder, columns, test_only):
     if twins := [stem for stem, n in stems.items() if n > 1]:
         print(f"warning: {len(twins)} recordings occur under two endings, as {twins[0]}.*")
     unpaired = sorted(train ^ test, key=natural_key)
-    if unpaired and not test_only:
+    if unpaired and not only:
         print(f"warning: {folder}: not both to train and to test on: class {', '.join(unpaired)}")
     classes = sorted(train | test, key=natural_key)
     return recordings, classes, functools.partial(read_file, columns=columns), None

@@ -231,7 +231,8 @@ def load_data(path, checkpoint, args):
         args.sensor or (train_args["sensor"] if same else None), train_args["frames_by"],
         args.columns or train_args["columns"])
     # A classifier is tested on all recordings of --dataset, if it knows their classes.
-    train, test = load(test_only=not same and checkpoint["kind"] == "finetuned")
+    all_to_test = not same and checkpoint["kind"] == "finetuned"
+    train, test = load(only="test" if all_to_test else None)
     if not same and not set(test.classes) <= set(classes):
         train, test = load()  # kNN and linear probe have to learn them
     recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))

@@ -1706,12 +1706,16 @@ def test_own_predictions_and_features(whole, shapes, tmp_path):
 
 
 def test_own_flat_folder_pretrains_and_another_folder_is_fine_tuned(shapes, tmp_path):
-    (tmp_path / "flat").mkdir()
-    for path in shapes.glob("Train/a/*.npy"):
-        shutil.copy(path, tmp_path / "flat")
-    run_tiny(tmp_path / "flat", tmp_path / "pre", "--epochs", "0", "--image-size", "32")
-    run_tiny(shapes, tmp_path / "both", "--pretrain-on", tmp_path / "flat", "--image-size", "32")
-    assert same(tmp_path / "pre", tmp_path / "both", "pretrained.pt")
+    for split in "Train", "Test":
+        shutil.copytree(shapes / split / "a", tmp_path / "one class" / split / "a")
+    shutil.copytree(shapes / "Train" / "a", tmp_path / "flat")
+    run_tiny(tmp_path / "one class", tmp_path / "pre", "--epochs", "0", "--image-size", "32")
+    for i, folder in enumerate(["flat", "one class"]):  # all of a flat folder, Train of a split one
+        run_tiny(shapes, tmp_path / f"both{i}", "--pretrain-on", tmp_path / folder,
+                 "--image-size", "32")
+        assert same(tmp_path / "pre", tmp_path / f"both{i}", "pretrained.pt")
+    run_tiny(tmp_path / "flat", tmp_path / "tenth", "--epochs", "0", "--image-size", "32")
+    assert not same(tmp_path / "pre", tmp_path / "tenth", "pretrained.pt")
     lines = run_tiny(shapes, tmp_path / "other", "--init", tmp_path / "pre" / "pretrained.pt")
     assert any("pre-trained at 32 pixels, this run has 16" in line for line in lines)
     args = torch.load(tmp_path / "other" / "finetuned.pt")["args"]

@@ -280,7 +280,8 @@ def load_data(args):
     args.pretrain_size = args.image_size  # --init will replace it by that of its own run
     train = unlabelled = data.to_gpu_if_fits(train, args.device)
     if args.pretrain_on:
-        unlabelled, _ = data.load(args.pretrain_on, size=args.image_size, **settings)
+        unlabelled, _ = data.load(
+            args.pretrain_on, size=args.image_size, only="train", **settings)
         unlabelled = data.to_gpu_if_fits(unlabelled, args.device)
     if dist.is_initialized() and not waits:
         dist.barrier()
