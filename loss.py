@@ -11,12 +11,12 @@ Embeddings have T time steps; there are two ways to get one loss from them, and 
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
     MixInfoNCE = alpha * MBC + beta * MAC
 
-MAC contrasts step t with step t of the key and of the queue; this is our reading of the paper.
-Related code (amazing-cls, TETMoCo) takes the negatives of all T steps. If T = 1, MBC = MAC.
+Embeddings become unit vectors after that average, not before. MAC contrasts step t with step t of
+the key and of the queue. Both are our reading of the paper. Related code (TETMoCo in
+github.com/StephenTaylor1998/amazing-cls) contrasts each step with all T steps of the queue. If
+T = 1, MBC = MAC.
 Tests: python -m pytest test_all.py -k loss
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 def mix_info_nce(q, k, queue, temperature, alpha, beta):
     """Compute MixInfoNCE -> (loss, a scalar; the logits of MBC [B, 1 + K], for moco's accuracy).
 
-    q, k: [T, B, D] embeddings of two views, of any length; queue: [K, T, D], of earlier keys;
-    alpha, beta: equal in the paper; 0.5 each keeps the scale of a single InfoNCE.
+    q, k: [T, B, dim] embeddings of two views, not yet unit vectors; queue: [K, T, dim], of earlier
+    keys; alpha, beta: equal in the paper; 0.5 each keeps the scale of a single InfoNCE.
     """
     q, k = q.float(), k.float()  # bf16 is too coarse for a mean over time
     mbc_logits = info_nce_logits(q.mean(0), k.mean(0), queue.mean(1), temperature)  # [B, 1 + K]
@@ -34,11 +34,11 @@ def mix_info_nce(q, k, queue, temperature, alpha, beta):
 
 
 def info_nce_logits(q, k, queue, temperature):
-    """Compute cosines / temperature: q, k [..., B, D] and queue [..., K, D] -> [..., B, 1 + K]."""
+    """Compute cosines / temperature: q, k [..., B, dim], queue [..., K, dim] -> [..., B, 1 + K]."""
     with torch.autocast(q.device.type, enabled=False):  # half precision is too coarse for logits
         q, k, queue = (F.normalize(z.float(), dim=-1) for z in (q, k, queue))
         positive = (q * k).sum(-1, keepdim=True)  # [..., B, 1]
-        negative = q @ queue.transpose(-1, -2)  # [..., B, K]; a queue [K, D] serves all steps
+        negative = q @ queue.transpose(-1, -2)  # [..., B, K]
         return torch.cat([positive, negative], -1) / temperature
 
 
@@ -48,6 +48,8 @@ def info_nce(logits):
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
-def chance_level(queue_size, alpha, beta):
-    """Compute the loss if all 1 + K logits are equal: log(K + 1) for each of MBC and MAC."""
-    return (alpha + beta) * math.log(queue_size + 1)
+def chance_level(queue_size, T, alpha, beta):
+    """Compute the loss of equal embeddings, which are not told apart: (alpha + beta) log(K + 1)."""
+    z, queue = torch.ones(T, 1, 1), torch.ones(queue_size, T, 1)
+    loss, _ = mix_info_nce(z, z, queue, 1.0, alpha, beta)
+    return loss.item()

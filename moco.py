@@ -2,14 +2,15 @@
 
 One step on two views of a batch of recordings, as `forward` computes it:
 
-    q = head_q(encoder_q(view_q))                                  [T, B, dim]
+    q = encoder_q(view_q)                                          [T, B, dim]
     theta_k <- momentum * theta_k + (1 - momentum) * theta_q       the key encoder follows
-    k = head_k(encoder_k(view_k)), without gradient                [T, B, dim]
+    k = encoder_k(view_k), without gradient                        [T, B, dim]
     loss = MixInfoNCE(q, k, queue)                                 loss.py
     queue <- k; the oldest keys leave                              first in, first out
 
-Shapes: views [T, B, 2, H, W] -> loss, a scalar. After pre-training only encoder_q's encoder is
-kept. MoCo's shuffling for batch norm is left out; its effect has not been measured.
+encoder_q and encoder_k are each an encoder and a projection head. After pre-training, only the
+encoder of encoder_q is kept. MoCo's shuffling for batch norm is left out; its effect has not been
+measured. Shapes: views [T, B, 2, H, W] -> loss, a scalar.
 Tests: python -m pytest test_all.py -k moco
 """
 import copy
@@ -27,7 +28,8 @@ class MoCo(nn.Module):
     encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: number
     of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the query encoder, at 1 it
     is frozen; temperature > 0, alpha, beta: see loss.py. Raises ValueError otherwise. After each
-    forward, .accuracy is the share of queries nearer to their own key than to all K negatives.
+    forward, .accuracy is the share of queries that, averaged over time, are nearer to their own key
+    than to all K negatives.
     """
 
     def __init__(self, encoder, dim=128, queue_size=4096, momentum=0.999, temperature=0.1,
@@ -67,7 +69,7 @@ class MoCo(nn.Module):
         return loss
 
     def init_queue(self, T):
-        """Fill the queue [K, T, dim] with random directions, as MoCo does.
+        """Fill the queue [K, T, dim] with random vectors, about as long as the head's embeddings.
 
         The loss rises while keys, harder to tell apart, replace them. Call this first if the
         module is to be compiled or to load a state.
@@ -85,7 +87,8 @@ class MoCo(nn.Module):
 
     def dequeue_and_enqueue(self, k):
         """Write keys [T, B, dim] over the oldest ones; of more than K keys, the last K stay."""
-        k, K = k.transpose(0, 1).to(self.queue.dtype), len(self.queue)  # [B, T, dim]
+        K = len(self.queue)
+        k = k.transpose(0, 1).to(self.queue.dtype)  # [B, T, dim]
         if dist.is_initialized():
             k = all_gather_keys(k)
         k = k[-K:]  # [min(B, K), T, dim]
@@ -98,8 +101,8 @@ class MoCo(nn.Module):
 class ProjectionHead(nn.Module):
     """Project features to embeddings, at each time step: [T, B, D] -> [T, B, dim].
 
-    The paper does not describe its head. Chosen: a batch norm after both linear layers, over all
-    T * B rows, the last one without weights, as in the code of SimCLR (Chen et al. 2020).
+    The paper does not describe its head. Chosen: a batch norm after each of two linear layers, over
+    all T * B rows, the last one without weights, as in the code of SimCLR (Chen et al. 2020).
     """
 
     def __init__(self, D, dim, hidden=512):

@@ -7,10 +7,11 @@ Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, jo
                                     x + attention(x) and x + mlp(x), where attention is
                                     LIF((q k^T) v / 8) of spikes q, k, v, without softmax
 
-A sum of spikes is a small integer. Only LIF layers see time: the others see a batch of T*B images.
+Only LIF layers see time: the others see a batch of T*B images. Both follow SpikingJelly 2.0.0's
+Spikformer and sew_resnet18(cnf="ADD"), whose weights fit: state_dict() has the same tensors in the
+same order, some as [C, C, 1, 1] for [C, C, 1]. The code of Spikformer's authors for CIFAR10-DVS
+differs: it pools after the LIF, scales by 1/4 and keeps PyTorch's initial weights of convolutions.
 Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space.
-Weights exchange with SpikingJelly 2.0.0's Spikformer and sew_resnet18(cnf="ADD"): state_dict()
-has the same tensors in the same order, up to trailing ones in their shapes.
 Tests: python -m pytest test_all.py -k models
 """
 import os
@@ -32,7 +33,7 @@ class ConvLIF(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
-        # Chosen: at the usual scale of 1 only 2 % of the neurons fire at first; at 2, 15 to 50 %.
+        # Our choice: at the usual 1, only 2 % of the neurons fire at first; at 2, 15 to 50 %.
         nn.init.constant_(self.bn.weight, 2.0)
         self.pool = nn.MaxPool2d(**HALVE) if pool else nn.Identity()
         self.lif = LIF()
@@ -75,7 +76,7 @@ class SEWResNet18(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # published
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # ResNet's
 
     def forward(self, x):
         x = self.stem(channels_last(x))  # [T, B, width, H', W']
@@ -89,7 +90,7 @@ class SpikingSelfAttention(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.qkv = ConvLIF(dim, 3 * dim, 1)  # one convolution for all three
-        self.lif = LIF(v_threshold=0.5)  # published
+        self.lif = LIF(v_threshold=0.5)  # as published
         self.proj = ConvLIF(dim, dim, 1)
 
     def forward(self, x):
@@ -98,7 +99,7 @@ class SpikingSelfAttention(nn.Module):
         tokens = tokens.unflatten(3, (3, -1, 16))  # [T, B, L, 3, heads, 16]
         q, k, v = tokens.permute(3, 0, 1, 4, 2, 5)  # each [T, B, heads, L, 16]
         # (q k^T) v = q (k^T v) where there is no softmax, and k^T v is 16 x 16 instead of L x L.
-        y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]; the scale is the published one
+        y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]
         y = self.lif(y.transpose(2, 3).flatten(3))  # [T, B, L, C]
         return self.proj(y.mT.unflatten(3, (H, W)))  # [T, B, C, H, W]
 
@@ -124,7 +125,7 @@ class Spikformer(nn.Module):
             self.layers.append(nn.Sequential(ConvLIF(dim, 4 * dim, 1), ConvLIF(4 * dim, dim, 1)))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.trunc_normal_(m.weight, std=0.02)  # published
+                nn.init.trunc_normal_(m.weight, std=0.02)
 
     def forward(self, x):
         x = self.stem(channels_last(x))  # [T, B, D, H', W']
@@ -217,7 +218,7 @@ def limit_threads(image_size):
 
 @torch.no_grad()
 def predict(model, batches):
-    """Run model, set to evaluation mode, over batches (x, y) -> outputs [T, N, D] on the CPU."""
+    """Run model over batches (x, y) -> outputs [T, N, D] on the CPU; leave it in eval mode."""
     model.eval()
     outputs = []
     for x, _ in batches:
@@ -233,6 +234,7 @@ def fit_linear(features, labels, num_classes):
     """
     # 1e-3: a feature that hardly varies is not blown up
     mean, std = features.mean(0), features.std(0, correction=0) + 1e-3
+    standardised = (features - mean) / std
     head = nn.Linear(features.shape[1], num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -240,7 +242,7 @@ def fit_linear(features, labels, num_classes):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(head((features - mean) / std), labels)
+        loss = F.cross_entropy(head(standardised), labels)
         loss = loss + 1e-3 / 2 * head.weight.square().sum()
         loss.backward()
         return loss
@@ -261,12 +263,13 @@ def load_model(path, device="cpu"):
     open(path, "rb").close()  # an OSError that names the file, which torch.load's may not
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"]["split_events"]  # files of earlier versions lack it
+        if "split_events" not in checkpoint["args"]:
+            raise ValueError("written by an earlier version")
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":
             model = Classifier(model, len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as e:  # there is no list of all that a foreign file may raise
-        reason = f"{type(e).__name__}: {e}".split("\n")[0].split(". ")[0]
+        reason = " ".join(f"{type(e).__name__}: {e}".split()).split(". ")[0][:200]
         raise OSError(f"{path}: not a checkpoint of this train.py ({reason})")
     return model.to(device).eval(), checkpoint

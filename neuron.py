@@ -69,9 +69,8 @@ class LIF(nn.Module):
     """A layer of LIF neurons: currents [T, ...] -> spikes [T, ...] of the same dtype.
 
     tau: time constant in steps, >= 1 (1: no memory); v_threshold > v_reset; alpha: steepness of
-    the surrogate gradient. Raises ValueError otherwise. To learn tau, subclass LIF, so that firing
-    rates count the layer, and let autograd differentiate the h of lif_steps; `slow_lif` in
-    test_all.py shows how to make spikes of h that have a gradient.
+    the surrogate gradient. Raises ValueError otherwise. They are numbers without a gradient;
+    docs/experiments.md has a subclass that learns tau.
     """
 
     def __init__(self, tau=2.0, v_threshold=1.0, v_reset=0.0, alpha=2.0):
@@ -111,7 +110,8 @@ class LIFFunction(torch.autograd.Function):
 def flatten_neurons(function, constants, *tensors):
     """Apply lif_forward or lif_backward to tensors [T, ...] -> [T, ...], laid out as the first.
 
-    Neurons do not interact, so their order is free: that of memory makes [T, N] without a copy.
+    Neurons do not interact, so their order is free. Taken in the order in which memory holds them,
+    [T, N] is a view of the first tensor and no copy (if time is its outermost axis there).
     """
     x = tensors[0]
     order = [0, *sorted(range(1, x.ndim), key=x.stride, reverse=True)]  # time, then largest stride
@@ -130,6 +130,8 @@ def call(function, constants, *tensors):
             torch._dynamo.maybe_mark_dynamic(t, 1)  # N: one kernel for layers of every size
         try:
             return compiled(function, constants)(*tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:  # no C++ compiler, for one
             reason = str(e).strip().split("\n")[0][:200]
             warnings.warn(f"LIF layers run uncompiled: slower, with the same numbers ({reason})")
