@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# Defaults per data set: --dataset selects a row, any flag overrides one value.
+# Defaults per data set: --dataset selects a row, any flag overrides one value (views have none).
 # Sources: [S] Spikformer's published schedule for CIFAR10-DVS, [N] NDA (Li et al. 2022, the best
-# policies for contrast and for labels), [E] EventRPG issue 1, [A] amazing-cls; the rest is chosen.
+# policies for contrast and for labels), [E] github.com/myuansun/EventRPG, issue 1,
+# [A] github.com/StephenTaylor1998/amazing-cls; the rest is our choice.
 # A queue stays well below the number of recordings, or positives return as negatives.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
@@ -58,10 +59,6 @@ DEFAULTS = dict(
     weight_decay=0.06,  # [S]
     batch_size=16,  # [S]
 )
-# what --init takes over from the run that pre-trained the encoder, beside its weights
-PRETRAINING = [
-    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
-    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
 # Chosen on training recordings of N-MNIST that were held back; see docs/experiments.md.
 REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, momentum=0.99,
             finetune_aug=NO_FLIP_AUG)
@@ -129,7 +126,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     names = [f"{cls}/{Path(key).name}" for _, cls, key in recordings]
     both = Split(frames[: len(names)], labels, classes, sensor, names)
     n = sum(split == "train" for split, _, _ in recordings)
-    if n == 0 and only != "test" or n == len(names) and only != "train":
+    if (n == 0 and only != "test") or (n == len(names) and only != "train"):
         raise UserError(f"{name}: no recordings to {'train' if n == 0 else 'test'} on")
     return select(both, slice(None, n)), select(both, slice(n, None))
 
@@ -186,7 +183,9 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     off = p.min() if n and p.min() < p.max() else 0
     pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
     if frames_by == "time" and n:
-        duration = (t[-1] - t[0]) // n_frames
+        span = t[-1] - t[0]
+        # "//" for integers, as in SpikingJelly; of 1.5 s it would make frames of 0 s
+        duration = span // n_frames if t.dtype.kind in "iu" else span / n_frames
         starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
     else:
         starts = np.arange(n_frames) * (n // n_frames)
@@ -204,7 +203,8 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
     measure = functools.partial(frames_and_facts, n_frames=n_frames, sensor_size=sensor, size=size,
                                 frames_by=frames_by)
     part = path.with_suffix(f".{os.getpid()}.part")
-    shape, valid, facts, broken = (len(recordings), n_frames, 2, size, size), [], [], []
+    shape = (len(recordings), n_frames, 2, size, size)
+    valid, facts, broken = [], [], []
     try:
         frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         for recording, result, error in map_recordings(measure, recordings, read):
@@ -240,7 +240,8 @@ def warn_of_losses(facts, n_frames, size, sensor):
         print(f"warning: {few} recordings have fewer events than the {n_frames} frames")
     if size > max(sensor):
         print(f"warning: frames of {size} pixels are larger than the sensor, {sensor[0]} x "
-              f"{sensor[1]}: {size - sensor[0]} of {size} columns stay empty")
+              f"{sensor[1]}: {size - sensor[0]} of {size} columns stay empty, and "
+              f"{size - sensor[1]} rows")
     pairs = {(low, high) for _, low, high in facts if low < high}
     for low, high in sorted(pairs - {(0, 1)}):
         print(f"polarity: {low} is read as off, {high} as on")
@@ -251,13 +252,18 @@ def warn_of_losses(facts, n_frames, size, sensor):
 
 
 def cache_key(recordings, read, settings):
-    """Hash all that the frames depend on: names, sizes, times, settings and the code."""
+    """Hash what the frames depend on: names, sizes, times, settings and the functions' own code.
+
+    Not the code of what these functions call: after changing that, delete the cached frames.
+    """
     files = [os.stat(key) for _, _, key in recordings if os.path.exists(key)]
     stats = [(f.st_size, f.st_mtime_ns) for f in files]
-    read = functools.partial(read)  # a function or already a partial: now .func and .keywords
-    functions = to_frames, toy_outlines, read.func, *READERS.values()
-    code = [inspect.getsource(f) for f in functions]  # toy_outlines: simulate_toy calls it
-    made_from = json.dumps([recordings, stats, settings, read.keywords, code], sort_keys=True)
+    endings = sorted({os.path.splitext(key)[1] for _, _, key in recordings})
+    functions = [read, read_file, *(READERS[e] for e in endings if e in READERS), toy_outlines,
+                 validate_events, sensor_of, to_frames]
+    functions = [functools.partial(f) for f in functions]  # all have .func and .keywords now
+    code = [inspect.getsource(f.func) + repr(f.keywords) for f in functions]
+    made_from = json.dumps([recordings, stats, settings, code, FIELDS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
 
@@ -309,7 +315,7 @@ def map_recordings(measure, recordings, read):
 
 
 def report_broken(broken, total, skip_broken):
-    """Raise UserError with the broken recordings, 20 at most, or warn of them if skip_broken."""
+    """Raise UserError with the broken recordings, 20 at most; skip_broken: warn, if not all are."""
     remedy = "left out" if skip_broken else "remove them or pass --skip-broken"
     lines = broken[:20] + ([f"and {len(broken) - 20} more"] if len(broken) > 20 else [])
     text = "\n  ".join([f"{len(broken)} of {total} recordings are broken: {remedy}:", *lines])
@@ -322,7 +328,7 @@ def try_recording(key, measure, read):
     """Measure the events of one recording -> (result, ""), or (None, what is wrong with it)."""
     try:
         return measure(validate_events(read(key)), key), ""
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # in eval.py --predict, which has no workers
         raise
     except BaseException as e:  # decoders in Rust raise PanicException, which is no Exception
         return None, format_error(e)
@@ -441,7 +447,7 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
 
-    # the four in random order, of which the first num_ops are used
+    # For each view, the numbers 0 to 3 in random order: those below num_ops choose what is used.
     shifted, rotated, sheared, cut = torch.rand(4, B, device=device).argsort(0) < num_ops  # [B]
     side = (min_scale + torch.rand(B, device=device) * (max_scale - min_scale)).sqrt()
     return dict(
@@ -540,14 +546,16 @@ def list_folder(folder, columns, only):
         recordings = [r for r in recordings if only in (None, r[0])]
     else:
         used = [f for f in shown if len(f.parts) == 2] or [f for f in shown if len(f.parts) == 1]
+        if any(f.parts[0].lower() in ("train", "test") for f in used if len(f.parts) == 2):
+            raise UserError(f"{folder}: Train and Test need a folder for each class, even for one")
         unsplit = [(f.parent.name or folder.name, str(folder / f)) for f in used]
         recordings = [(only, *r) for r in unsplit] if only else split_by_class(unsplit)
 
     if not recordings:
         raise UserError(f"{folder}: no recordings: expected <class>/<recording> or "
                         f"Train|Test/<class>/<recording>, each {', '.join(READERS)}")
-    train, test = ({cls for split, cls, _ in recordings if split == wanted}
-                   for wanted in ("train", "test"))
+    train = {cls for split, cls, _ in recordings if split == "train"}
+    test = {cls for split, cls, _ in recordings if split == "test"}
     if kinds := Counter(kind_of_unused(f) for f in set(paths) - set(used)):
         listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         print(f"{folder}: left out: {listed}")
@@ -593,7 +601,8 @@ def natural_key(name):
 def split_by_class(recordings):
     """Split [(class, key)] -> [(split, class, key)] by nothing but the names.
 
-    The last tenth of each class in natural order, or one of two, is for the test (SpikingJelly's).
+    The last tenth of each class in natural order is for the test: rounded down, but at least one
+    unless the class has a single recording. The tenth is SpikingJelly's.
     """
     keys_of, split = defaultdict(list), []
     for cls, key in recordings:
@@ -615,7 +624,7 @@ def read_file(path, columns=None):
         events.dtype.names = [FIELDS.get(name, name) for name in events.dtype.names]
     elif events.shape[1:] == (4,):
         if columns is None:
-            raise ValueError("a plain [N, 4] array: pass its order, as --columns xytp")
+            raise ValueError("a plain [N, 4] array: pass its columns' order, as --columns xytp")
         events = np.rec.fromarrays(events.T, names=list(columns))
     return events
 
@@ -656,7 +665,7 @@ READERS = {".bin": read_atis, ".aedat4": read_aedat4, ".npz": read_npz,
 
 def read_ncaltech101(path):
     """Read a recording of N-Caltech101 and move it to the corner, as tonic does."""
-    events = read_atis(path)
+    events = read_file(path)
     for side in "xy":
         events[side] -= events[side].min()
     return events
@@ -666,13 +675,13 @@ def read_ncaltech101(path):
 # tonic 1.7.0 answer with an empty file (tonic issues 329, 330); figshare's API has the same files.
 FIGSHARE = "https://api.figshare.com/v2/file/download/"
 TONIC_DATASETS = {
-    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_aedat4, dict(url=FIGSHARE + "38023437")),
+    "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_file, dict(url=FIGSHARE + "38023437")),
     # Tonic stores plain [N, 4] arrays of x, y, p, ms.
     "dvsgesture": ("DVSGesture", (128, 128), 1_341, functools.partial(read_file, columns="xypt"),
                    dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
     # Recordings differ in size; this is the largest, and SpikingJelly's.
     "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_ncaltech101, {}),
-    "nmnist": ("NMNIST", (34, 34), 70_000, read_atis, {}),
+    "nmnist": ("NMNIST", (34, 34), 70_000, read_file, {}),
 }
 
 
