@@ -35,6 +35,10 @@ from eval import accuracy_line, knn_accuracy
 from loss import chance_level
 from moco import MoCo
 
+# what --init takes over from the run that pre-trained the encoder, beside its weights
+PRETRAINING = [
+    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
+    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
 
 def main(argv=None):
     args = parse_args(argv)
@@ -55,7 +59,8 @@ def main(argv=None):
     # ============ the run's folder, and the state that --resume continues ============
     state = make_run_dir(args, train.classes)
     print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test")
+    print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test; "
+          f"pre-training on {len(unlabelled.labels)}, fine-tuning on {len(labelled.labels)}")
 
     # ============ pre-training, without labels ============
     if args.pretrain_epochs and not args.init:
@@ -76,8 +81,11 @@ def main(argv=None):
     print(accuracy_line(100 * correct / len(logits), len(logits)))
 
 
-def pretrain(encoder, train, args, state):
-    """Pre-train the encoder by NeuroMoCo: two views of every recording, and no label."""
+def pretrain(encoder, unlabelled, args, state):
+    """Pre-train the encoder by NeuroMoCo, on two views of every recording.
+
+    If the recordings have labels after all, only the kNN accuracy in the log looks at them.
+    """
     torch.manual_seed(args.seed)  # the draws do not depend on what ran before
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha,
                 args.beta).to(args.device)
@@ -91,8 +99,8 @@ def pretrain(encoder, train, args, state):
         loss = model(view_q, view_k)
         return loss, moco.accuracy
 
-    stride = max(1, len(train.labels) // 1000)  # 1,000 to 2,000 recordings, or all of a small set
-    sample = data.select(train, slice(None, None, stride))
+    stride = max(1, len(unlabelled.labels) // 1000)  # 1,000 to 2,000 recordings, or all of few
+    sample = data.select(unlabelled, slice(None, None, stride))
 
     def monitor():
         """Classify every fifth recording by its nearest neighbours among the others."""
@@ -101,23 +109,27 @@ def pretrain(encoder, train, args, state):
         fifth = torch.arange(len(y)) % 5 == 0
         return knn_accuracy(z[~fifth], y[~fifth], z[fifth], y[fifth])
 
-    chance = chance_level(args.queue_size, args.alpha, args.beta)
-    print(f"loss at the level of chance: {chance:.3f} = (alpha + beta) log(K + 1)")
-    if args.queue_size >= len(train.labels):
-        print(f"warning: a queue of {args.queue_size} holds all {len(train.labels)} recordings: "
-              f"positives return as negatives; try --queue-size {len(train.labels) // 4 + 1}")
+    chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
+    print(f"loss at the level of chance: {chance:.3f}")
+    N = len(unlabelled.labels)
+    if args.queue_size >= N:
+        print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
+              f"as negatives; try --queue-size {N // 4 + 1}")
     # moco, not model: its names of parameters do not depend on how it is wrapped
-    train_phase("pretrain", moco, encoder, compute_loss, train, args.pretrain_epochs,
-                args.pretrain_lr, args, state, monitor if len(train.classes) > 1 else None)
+    train_phase("pretrain", moco, encoder, compute_loss, unlabelled, args.pretrain_epochs,
+                args.pretrain_lr, args, state, monitor if len(unlabelled.classes) > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
     state["pretrain"] = copy.deepcopy(state["pretrain"])
     # The statistics of batch norm stem from the last views. Fine-tuning keeps them fixed, so they
-    # are taken again, from all recordings as they are.
+    # are taken again, from all recordings as they are, in random order: each batch has a variance,
+    # which would be too small in batches of one class.
     generator = torch.Generator().manual_seed(args.seed)
+    batches = data.batches(
+        unlabelled, args.batch_size, args.device, shuffle=True, generator=generator)
     with models.autocast(args.device):
-        update_bn(data.batches(train, args.batch_size, args.device, True, generator), encoder)
+        update_bn(batches, encoder)
     save("pretrained.pt", args, dict(
-        kind="pretrained", classes=train.classes, weights=encoder.state_dict()))
+        kind="pretrained", classes=unlabelled.classes, weights=encoder.state_dict()))
 
 
 def finetune(encoder, labelled, args, state):
@@ -146,7 +158,7 @@ def finetune(encoder, labelled, args, state):
 
 
 def fit_head(classifier, labelled, args):
-    """Fit the head to features of the frozen encoder, of a view of each recording, 1,000 at least.
+    """Fit the head to the frozen encoder's features of views, in passes that give 1,000 or more.
 
     The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
     """
@@ -163,10 +175,11 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
     """Train model for the epochs that are left; after each, write log.csv and state.pt.
 
     compute_loss(x, y) -> (loss, accuracy of the batch); encoder: the part of model whose firing
-    rate is logged; monitor() -> kNN accuracy, logged about ten times, or None.
+    rate is logged; monitor() -> kNN accuracy, logged ten to nineteen times, or None.
     """
     rank, world_size = rank_and_world_size()
-    optimizer, start = build_optimizer(model, args.weight_decay), 0
+    optimizer = build_optimizer(model, args.weight_decay)
+    start = 0
     if phase in state:
         start = state[phase]["epoch"]
         model.load_state_dict(state[phase]["model"])
@@ -180,7 +193,8 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         generator = torch.Generator().manual_seed(seed)  # of the order, the same in all processes
         torch.manual_seed(seed + 1000 * rank)  # of the views, different in each process
         batches = data.batches(
-            split, args.batch_size, args.device, True, generator, rank, world_size)
+            split, args.batch_size, args.device, shuffle=True, generator=generator, rank=rank,
+            world_size=world_size)
         lrs = [lr * warmup_cosine(epoch * steps + i, epochs * steps) for i in range(steps)]
 
         # one epoch, with a progress bar in the terminal (None: no bar elsewhere) of process 0
@@ -188,15 +202,20 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         model.train()
         loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, lrs)
         if not math.isfinite(loss):
-            raise UserError(f"{name}: the loss is {loss}; state.pt holds the epoch before; start "
-                            "again with a lower learning rate")
+            raise UserError(f"{name}: the loss is {loss}: take a lower learning rate; --resume "
+                            "continues after the last epoch in state.pt, if there is one")
+
+        # firing rate in training mode, at a batch of all classes that is the same in every epoch
+        generator = torch.Generator().manual_seed(args.seed)
+        x, _ = next(data.batches(
+            split, args.batch_size, args.device, shuffle=True, generator=generator))
+        rate = firing_rate(encoder, x)
 
         # log and state
-        x, _ = next(data.batches(split, args.batch_size, args.device))  # always the same
         due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
-        row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}",
-                   rate=f"{firing_rate(encoder, x):.4f}", lr=f"{lrs[0]:.2e}",
-                   knn=f"{monitor():.4f}" if due else "", seconds=f"{time.time() - began:.1f}")
+        row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", rate=f"{rate:.4f}",
+                   lr=f"{lrs[0]:.2e}", knn=f"{monitor():.4f}" if due else "",
+                   seconds=f"{time.time() - began:.1f}")
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
         state["log"].append(dict(phase=phase, epoch=epoch + 1) | row)
         state[phase] = dict(
@@ -271,15 +290,17 @@ def wrap_model(model, args):
 def load_data(args):
     """Load train, test and the recordings to pre-train on; set in args what only these tell."""
     waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    # One barrier at two places: the first process of a machine makes the frames and reaches it
+    # after that, below; the others wait here, and then find the frames.
     if waits:
-        dist.barrier()  # the first process of a machine makes the frames, the others find them
+        dist.barrier()
     settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
                     sensor=args.sensor, frames_by=args.frames_by, columns=args.columns)
     train, test = data.load(args.dataset, size=args.image_size, **settings)
     args.image_size = train.frames.shape[-1]
     args.pretrain_size = args.image_size  # --init will replace it by that of its own run
     train = unlabelled = data.to_gpu_if_fits(train, args.device)
-    if args.pretrain_on:
+    if args.pretrain_on and args.pretrain_on != args.dataset:
         unlabelled, _ = data.load(
             args.pretrain_on, size=args.image_size, only="train", **settings)
         unlabelled = data.to_gpu_if_fits(unlabelled, args.device)
@@ -317,7 +338,7 @@ def load_pretrained_encoder(encoder, args):
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
         raise UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, "
                         f"this run builds {args.arch} for {args.image_size}")
-    vars(args).update({name: was[name] for name in data.PRETRAINING})
+    vars(args).update({name: was[name] for name in PRETRAINING})
     if args.pretrain_size != args.image_size:
         print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
               f"{args.image_size}: the network pools at other places and sees other sizes")
@@ -328,16 +349,19 @@ def load_pretrained_encoder(encoder, args):
 def make_run_dir(args, classes):
     """Claim the run's folder and set args.out to it -> the state that --resume continues.
 
-    It is --out, or the first new one of runs/<dataset>, runs/<dataset>-2, ...; with --resume, the
-    last of them that exists. The state is {"log": rows, "classes": names} and, for each phase
-    begun, {phase: its last epoch, model and optimizer}.
+    It is --out or, of runs/<dataset>, runs/<dataset>-2, ..., the one after the last that exists;
+    with --resume, the last. The state is {"log": rows, "classes": names} and, for each phase begun,
+    {phase: its last epoch, model and optimizer}.
     """
     found = [None, {"log": [], "classes": classes}]  # folder and state, for all processes
     if rank_and_world_size()[0] == 0:
-        first = Path(args.out or f"runs/{Path(args.dataset).name}").expanduser()
-        folders = [first] + [first.with_name(f"{first.name}-{i}") for i in range(2, 10_000)]
-        new = next(i for i, folder in enumerate(folders) if args.out or not folder.exists())
-        out = folders[max(0, new - 1) if args.resume else new]
+        if args.out:
+            out = Path(args.out).expanduser()
+        else:
+            first = Path("runs", Path(args.dataset).name)
+            folders = [first] + [first.with_name(f"{first.name}-{i}") for i in range(2, 10_000)]
+            last = max((i for i, folder in enumerate(folders) if folder.exists()), default=-1)
+            out = folders[max(last, 0) if args.resume else last + 1]
         out.mkdir(parents=True, exist_ok=bool(args.out or args.resume))
         try:
             open(out / "log.csv", "a" if args.resume else "x").close()  # "x": no two runs share it
@@ -356,20 +380,24 @@ def make_run_dir(args, classes):
 
 def load_state(path, args, classes):
     """Read state.pt; if pre-training is to continue, fine-tuning starts anew."""
-    given, fixed = vars(args) | {"classes": classes}, ["classes", "recordings", "arch"]
+    given = vars(args) | {"classes": classes}
+    fixed = ["classes", "recordings", "arch", "image_size"]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "pretrain" in state:
             fixed += ["n_frames", "queue_size"]  # the shape of the queue
         saved = state["args"] | {"classes": state["classes"]}
-        saved["split_events"]  # files of earlier versions lack it
+        if "split_events" not in saved:
+            raise ValueError("written by an earlier version of train.py")
         changed = [name for name in fixed if saved[name] != given[name]]
         pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume: {path}: {data.format_error(e)}")
     if changed:
         name = changed[0]
-        raise UserError(f"--resume: {path} was made with {name} {saved[name]}, not {given[name]}")
+        how = f"{name} {saved[name]}, not {given[name]}" if name != "recordings" else (
+            "recordings of other names or in another split")
+        raise UserError(f"--resume: {path} was made with {how}")
     if not args.init and len(pretrain_log) < args.pretrain_epochs:
         state.pop("finetune", None)
         state["log"] = pretrain_log
@@ -446,7 +474,7 @@ def parse_args(argv):
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size of a folder's sensor; None: the largest coordinates")
     add("--labels-per-class", type=in_range(int, 0), help="for fine-tuning; 0: all")
-    add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
+    add("--columns", help="order of the columns of plain [N, 4] arrays, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
     add("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
@@ -487,6 +515,8 @@ def check_args(args, parser):
         parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
         parser.error("--epochs 0 without pre-training leaves nothing to do")
+    if args.init and args.pretrain_on:
+        parser.error("--init takes the place of pre-training: --pretrain-on would not be used")
     try:
         with torch.device("meta"):  # takes no memory; any image size tells if the name is right
             models.build(args.arch, 128)
@@ -501,4 +531,4 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command with --resume continues after the last whole epoch")
+        sys.exit("\nstopped: --resume continues a run that has begun, after its last whole epoch")
