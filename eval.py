@@ -4,8 +4,9 @@
     python eval.py --ckpt runs/*/finetuned.pt --json all.json      # a row each, mean over seeds
     python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER  # transfer to other data
 
-A prediction after t steps is the mean of the logits over steps 1 to t. Features are the frozen
-encoder's, averaged over time; kNN and linear probe learn from all training labels.
+The prediction after t steps is the class with the largest mean logit over steps 1 to t. Features
+are the outputs of the checkpoint's encoder, not trained further, averaged over time; kNN and linear
+probe learn from all training labels.
 Tests: python -m pytest test_all.py -k eval
 """
 import argparse
@@ -32,7 +33,8 @@ from loss import chance_level
 
 # The columns of a summary, and their units.
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")
-E_MAC, E_AC = 4.6e-6, 0.9e-6  # uJ of a multiply-accumulate, of an accumulate, at 45 nm
+# uJ of a multiply-accumulate (MAC; not the loss of that name) and of an accumulate, at 45 nm
+E_MAC, E_AC = 4.6e-6, 0.9e-6
 ENERGY_NOTE = """\
   theoretical energy at 45 nm: 4.6 pJ per multiply-accumulate (MAC) in the first layer and where the
   input is no sum of spikes, else 0.9 pJ per synaptic operation (MACs x mean input); batch norm is
@@ -65,13 +67,15 @@ def accuracy_metrics(logits, labels, classes):
     _, N, C = logits.shape
     preds = logits.cumsum(0).argmax(2)  # [T, N]; the largest sum of steps 1 to t
     steps = [wilson_interval(correct, N) for correct in (preds == labels).sum(1).tolist()]
-    top5 = logits.sum(0).topk(min(5, C)).indices  # [N, 5]
+    top5 = None
+    if C > 10:
+        is_hit = logits.sum(0).topk(5).indices == labels[:, None]  # [N, 5]
+        top5 = 100 * is_hit.sum().item() / N
     confusion = torch.bincount(labels * C + preds[-1], minlength=C * C).view(C, C).tolist()
     errors = [[n, classes[i], classes[j]] for i, row in enumerate(confusion)
               for j, n in enumerate(row) if n and i != j]
     return dict(
-        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion,
-        top5=100 * (top5 == labels[:, None]).sum().item() / N if C > 10 else None,
+        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion, top5=top5,
         by_class=[100 * row[c] / sum(row) if any(row) else None for c, row in enumerate(confusion)],
         worst=sorted(errors, reverse=True)[:5])
 
@@ -100,7 +104,7 @@ def alignment_uniformity(a, b, z):
     """Compute both measures of Wang and Isola 2020: features a, b of two views and z, all [N, D].
 
     Of unit vectors, alignment is the mean of |a - b|^2, best 0, and uniformity the log of the mean
-    of exp(-2 |z_i - z_j|^2) over pairs, best about -4.
+    of exp(-2 |z_i - z_j|^2) over pairs, best about -4, NaN of a single recording.
     """
     a, b, z = (F.normalize(features.double(), dim=1) for features in (a, b, z))
     total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))
@@ -113,8 +117,9 @@ def spike_stats(model, batches):
     """Run a network over batches and count, by forward hooks, what its layers do.
 
     Returns its outputs [T, N, D]; a dict of firing rate and silent neurons (no spike at all) in
-    percent, MACs, synaptic operations and energy (uJ) per recording, in all and by "layers"; and
-    {layer: spikes [T, 16]}, of 16 neurons in the first recording.
+    percent, MACs, synaptic operations (0 where MACs are counted instead) and energy (uJ) per
+    recording, in all and by "layers"; and {layer: spikes [T, 16]}, of 16 neurons in the first
+    recording.
     """
     model = copy.deepcopy(model)  # because the hooks stay
     layers, spikes, rasters = {}, {}, {}  # by name, in the order of calls
@@ -122,10 +127,12 @@ def spike_stats(model, batches):
              for name, module in model.named_modules()}  # conv and lif of a block are one layer
 
     def count(name, x, macs):
-        analog = not layers or bool((x != x.round()).any())  # real numbers: frames, mean over space
+        # Multiply-accumulates: the first layer, whose input is frames, and the head, whose input is
+        # a mean over space. Elsewhere it is a sum of spikes, an integer, and counts as so many.
+        analog = not layers or bool((x != x.round()).any())
         layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
         layer["macs"] += macs
-        layer["operations"] += macs * x.mean(dtype=torch.float64).item()  # a 2 is two spikes
+        layer["operations"] += macs * x.mean(dtype=torch.float64).item()
         layer["analog"] |= analog
 
     def on_product(module, inputs, out):
@@ -192,24 +199,29 @@ def evaluate(path, args):
                     recordings=len(test_labels), args=train_args, classes=classes,
                     parameters=sum(p.numel() for p in model.parameters()))
     if kind == "finetuned" and set(test.classes) <= set(classes):
-        number_of = torch.tensor([classes.index(c) for c in test.classes])  # in the checkpoint
-        results |= accuracy_metrics(outputs, number_of[test_labels], classes)
+        checkpoint_label = torch.tensor([classes.index(c) for c in test.classes])
+        results |= accuracy_metrics(outputs, checkpoint_label[test_labels], classes)
 
     # the frozen encoder
-    encoder, features = model, outputs.mean(0)  # [N, D]
-    if kind == "finetuned":
-        encoder = model.encoder
+    encoder = model.encoder if kind == "finetuned" else model
+    features = outputs.mean(0)  # [N, D]
+    if kind == "finetuned":  # outputs are logits
         features = models.predict(encoder, batches(test)).mean(0)
     train_features = features[:0]
     if len(train_labels):  # none if all recordings of --dataset are tested
         train_features = models.predict(encoder, batches(train)).mean(0)
     if len(train_labels) and len(train.classes) > 1:
-        both = train_features, train_labels, features, test_labels
-        results |= dict(knn=100 * knn_accuracy(*both), probe=100 * linear_probe_accuracy(*both))
+        splits = train_features, train_labels, features, test_labels
+        results |= dict(knn=100 * knn_accuracy(*splits), probe=100 * linear_probe_accuracy(*splits))
     if args.features:
-        np.savez(args.features, classes=test.classes, test_names=test.names, test_features=features,
-                 test_labels=test_labels, test_logits=outputs.mean(0), train_names=train.names,
-                 train_features=train_features, train_labels=train_labels)
+        arrays = dict(classes=test.classes, train_names=train.names, test_names=test.names,
+                      train_labels=train_labels, test_labels=test_labels,
+                      train_features=train_features, test_features=features)
+        if kind == "finetuned":
+            head = copy.deepcopy(model.head).cpu().requires_grad_(False)
+            arrays |= dict(logit_classes=classes, train_logits=head(train_features),
+                           test_logits=head(features))
+        np.savez(args.features, **arrays)
 
     # two views as in pre-training, but each of all events
     torch.manual_seed(0)  # always the same ones
@@ -230,10 +242,11 @@ def load_data(path, checkpoint, args):
         train_args["image_size"], train_args["skip_broken"] or args.skip_broken,
         args.sensor or (train_args["sensor"] if same else None), train_args["frames_by"],
         args.columns or train_args["columns"])
-    # A classifier is tested on all recordings of --dataset, if it knows their classes.
-    all_to_test = not same and checkpoint["kind"] == "finetuned"
-    train, test = load(only="test" if all_to_test else None)
-    if not same and not set(test.classes) <= set(classes):
+    # A classifier that knows the classes of another folder has nothing to learn from it: it is
+    # tested on the folder's Test, or on all recordings if there is none.
+    test_only = not same and checkpoint["kind"] == "finetuned"
+    train, test = load(only="test" if test_only else None)
+    if test_only and not set(test.classes) <= set(classes):
         train, test = load()  # kNN and linear probe have to learn them
     recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))
     if same and recordings != train_args["recordings"]:
@@ -265,6 +278,8 @@ def predict_files(args):
         return data.to_frames(events, *(
             train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
     read = functools.partial(data.read_file, columns=args.columns or train_args["columns"])
+    if train_args["dataset"] in data.TONIC_DATASETS:
+        read = data.TONIC_DATASETS[train_args["dataset"]][3]
     for path in files:
         frames, error = data.try_recording(str(path), to_frames, read)
         if error:
@@ -388,7 +403,7 @@ def plot_map(plots):
     figure, [[ax]] = new_figure(9, 6.8)
     for c in np.unique(test.labels):
         x, y = points[test.labels == c].T.numpy()
-        ax.scatter(x, y, 18, f"C{c % 10}", marker="o^sDv"[c % 5])
+        ax.scatter(x, y, 18, f"C{c % 10}", marker="o^sDv"[(c + c // 10) % 5])  # 50 classes differ
         ax.text(np.median(x), np.median(y), test.classes[c], size=8, parse_math=False,
                 bbox=dict(color="white", alpha=0.8, pad=1))
     ax.set(xlabel=f"principal component 1, {percent[0]:.0f} % of the variance",
@@ -399,12 +414,14 @@ def plot_map(plots):
 def plot_curves(results):
     """Plot loss and accuracy by epoch, from the log.csv beside the checkpoint."""
     args, log = results["args"], defaultdict(list)
+    chance = dict(pretrain=chance_level(*(
+        args[k] for k in ("queue_size", "n_frames", "alpha", "beta"))))
+    if results["kind"] == "finetuned":
+        chance["finetune"] = math.log(len(results["classes"]))
     with open(Path(results["path"]).with_name("log.csv")) as f:
         for row in csv.DictReader(f):
-            log[row["phase"]].append(row)
-    log.pop("test", None)
-    chance = dict(pretrain=chance_level(args["queue_size"], args["alpha"], args["beta"]),
-                  finetune=math.log(len(results["classes"])))
+            if row["phase"] in chance:
+                log[row["phase"]].append(row)
     meaning = dict(pretrain="own key nearer than the queue", finetune="training recordings")
     figure, axes = new_figure(9, 4.6, 2, len(log), sharex="col")
     for (phase, rows), (top, bottom) in zip(log.items(), axes.T):
@@ -469,7 +486,7 @@ def parse_args(argv):
     add("--dataset", help="data to test on, if not those of the checkpoint")
     add("--root", help="folder of downloads and frames, if not that of the checkpoint")
     add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="size of a folder's sensor")
-    add("--columns", help="order of plain [N, 4] arrays in .npy files, as xytp")
+    add("--columns", help="order of the columns of plain [N, 4] arrays, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add("--predict", nargs="+", metavar="PATH",
         help="classify these recordings or folders of them, with the sensor of training")
