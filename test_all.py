@@ -128,6 +128,19 @@ def test_lif_slow_one_can_learn_its_constants():
     torch.testing.assert_close(v_threshold.grad, -surrogate)
 
 
+def test_lif_of_the_docs_learns_tau():
+    script = re.search("```python\n(.*?)```", (HERE / "docs/experiments.md").read_text(), re.DOTALL)
+    names = {}
+    exec(script[1], names)
+    plif, x, grad_s = names["PLIF"](), 2 * torch.randn(4, 30), torch.randn(4, 30)
+    torch.testing.assert_close(
+        spikes_and_gradient(plif, x, grad_s), spikes_and_gradient(slow_lif, x, grad_s))
+    tau = torch.tensor(2.0, requires_grad=True)
+    slow_lif(x, tau).backward(grad_s)
+    # 1 / tau = sigmoid(w), so dtau/dw = -tau^2 sigmoid(w) (1 - sigmoid(w)) = -1 at tau = 2
+    torch.testing.assert_close(plif.w.grad, -tau.grad)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
@@ -155,6 +168,11 @@ def test_lif_without_a_compiler_warns_once_and_continues(monkeypatch):
     with pytest.warns(UserWarning, match="run uncompiled.*no compiler") as warned:
         assert all(torch.equal(neuron.LIF()(xi), slow_lif(xi)) for xi in x)
     assert len(warned) == 1 and not neuron.COMPILE
+    monkeypatch.setattr(neuron, "COMPILE", True)
+    neuron.compiled.side_effect = torch.OutOfMemoryError  # not to be taken for a missing compiler
+    with pytest.raises(torch.OutOfMemoryError):
+        neuron.LIF()(x[0])
+    assert neuron.COMPILE
 
 
 def spikingjelly(module):
@@ -220,7 +238,7 @@ def test_loss_logits_and_gradient_equal_a_loop(alpha, beta, T, B, K, D, temperat
 
 def test_loss_is_at_the_level_of_chance_where_nothing_can_be_told_apart():
     value, _ = loss.mix_info_nce(*torch.ones(2, 4, 3, 8), torch.ones(6, 4, 8), 0.2, 0.5, 2.0)
-    assert value.item() == pytest.approx(2.5 * math.log(7)) == loss.chance_level(6, 0.5, 2.0)
+    assert value.item() == pytest.approx(2.5 * math.log(7)) == loss.chance_level(6, 4, 0.5, 2.0)
 
 
 # ------------------------------------------------------------------------------------------- moco
@@ -545,7 +563,13 @@ def test_data_frames_equal_spikingjelly(monkeypatch, split_by, frames_by):
     events["t"] = (recording(1003)["t"] / 100) ** 2  # slower and slower
     expected = theirs.integrate_events_by_fixed_frames_number(events, split_by, 4, 16, 16)
     assert expected.sum() == 1003 and expected.max() < 256
-    assert np.array_equal(data.to_frames(events, 4, (16, 16), 16, frames_by), expected)
+    frames = data.to_frames(events, 4, (16, 16), 16, frames_by)
+    assert np.array_equal(frames, expected)
+    seconds = np.rec.fromarrays([events["t"] / 1e6, *(events[f] for f in "xyp")], names="t,x,y,p")
+    in_seconds = data.to_frames(seconds, 4, (16, 16), 16, frames_by)
+    # "//" makes microsecond frames up to 1 us shorter, so that a few events change places
+    difference = in_seconds.sum((1, 2, 3), dtype=int) - frames.sum((1, 2, 3), dtype=int)
+    assert abs(difference).max() <= 3
 
 
 def test_data_split_is_stable_and_nine_to_one_in_natural_order():
@@ -708,12 +732,24 @@ def read_inverted(path, columns=None):
 
 def test_data_other_settings_reader_or_to_frames_make_frames_anew(tmp_path, monkeypatch):
     make_folder(tmp_path)
-    before, keys = load_folder(tmp_path)[0].frames, [data.cache_key([], data.read_file, {})]
+    before, keys = load_folder(tmp_path)[0].frames, []
+
+    def add_key():
+        keys.append(data.cache_key([("test", "a", "1.npy")], data.read_file, {}))
+    add_key()
     assert load_folder(tmp_path, 3, 8)[0].frames.shape[1:] == (3, 2, 8, 8)
     for place, name in ((data.READERS, ".npy"), (vars(data), "read_file")):
         monkeypatch.setitem(place, name, read_inverted)
-        keys.append(data.cache_key([], data.read_file, {}))
+        add_key()
     assert len(set(keys)) == 3 and (load_folder(tmp_path)[0].frames == before[:, :, ::-1]).all()
+    monkeypatch.setitem(data.READERS, ".npy", functools.partial(read_inverted, columns="xytp"))
+    add_key()
+    monkeypatch.setitem(data.READERS, ".bin", read_inverted)  # which no recording needs
+    add_key()
+    monkeypatch.setattr(data, "validate_events", read_inverted)
+    add_key()
+    assert len(set(keys)) == 5 and keys[3] == keys[4]
+    monkeypatch.undo()
     files = len(cached(tmp_path))
     monkeypatch.setattr(data, "to_frames", slow_frames)
     load_folder(tmp_path)
@@ -1378,7 +1414,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(shapes, whole, tmp_path, monke
     def broken(*args):
         epochs.append(train_one_epoch(*args))
         return (math.nan, 0.0) if len(epochs) == 4 else epochs[-1]
-    says = r"finetune 2/2: the loss is nan; state\.pt holds the epoch before"
+    says = "finetune 2/2: the loss is nan: take a lower learning rate"
     with monkeypatch.context() as m, pytest.raises(data.UserError, match=says):
         m.setattr(train, "train_one_epoch", broken)
         run_tiny(shapes, tmp_path / "a")
@@ -1394,6 +1430,12 @@ def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkey
         args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags])
         printed(train.make_run_dir, args, ["a", "b", "c"])
         assert Path(args.out) == Path("runs") / name and (Path(args.out) / "log.csv").exists()
+    shutil.rmtree("runs/shapes-2")  # numbers go on after the last that is there
+    for flags, out in [
+            (["--resume"], "runs/shapes-3"), ([], "runs/shapes-4"), (["--out", "."], ".")]:
+        args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags])
+        printed(train.make_run_dir, args, ["a", "b", "c"])
+        assert args.out == out and Path(out, "log.csv").exists()
 
 
 def test_train_under_torchrun(shapes, whole, tmp_path):
@@ -1480,12 +1522,14 @@ def error_of(script, *argv):
     "--dataset no/such -> no/such: neither a folder nor one of toy", "--dataset FOLDER -> folder",
     "--arch resnet-50 -> 'resnet-50'", "--arch sew-resnet-18-4 -> multiple of 8",
     "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
-    "--init FOLDER -> folder",
+    "--init FOLDER -> folder", "--init CKPT --pretrain-on OTHER -> --pretrain-on",
     "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
     "--resume --out WHOLE --arch spikformer-1-32 -> arch spikformer-1-16, not spikformer-1-32",
     "--resume --out WHOLE --queue-size 9 -> queue_size 8, not 9",
+    "--resume --out WHOLE --image-size 8 -> image_size 16, not 8",
+    "--dataset SPLIT -> need a folder for each class",
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
     "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
     "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
@@ -1501,6 +1545,8 @@ def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, 
         (tmp_path / name).write_bytes(content)
     for name in "az":
         shutil.copytree(shapes / "Test" / "a", tmp_path / "other" / name)
+    for name in "train", "test":
+        shutil.copytree(shapes / "Test" / "a", tmp_path / "split" / name)
     places = dict(CKPT=whole / "finetuned.pt", WHOLE=whole)
     flags, _, says = flags.partition(" -> ")
     flags = [re.sub("[A-Z]{4,}", lambda m: str(places.get(m[0], tmp_path / m[0].lower())), flag)
@@ -1691,7 +1737,8 @@ def test_own_predictions_and_features(whole, shapes, tmp_path):
     lines, _ = run_eval(ckpt, "--features", tmp_path / "f.npz")
     with np.load(tmp_path / "f.npz") as saved:
         logits, labels, names = (saved[f"test_{k}"] for k in ("logits", "labels", "names"))
-        assert saved["train_features"].shape[0] == len(saved["train_names"]) == 60
+        assert len(saved["train_features"]) == len(saved["train_names"]) == 60
+        assert saved["train_logits"].shape == (60, 3) and "".join(saved["logit_classes"]) == "abc"
     accuracy = 100 * (logits.argmax(1) == labels).mean()
     assert lines[-1] == f"test accuracy {accuracy:.2f} % (last epoch, 12 recordings)"
     rows, _ = run_eval(ckpt, "--json", tmp_path / "p.json", "--predict", *test_folder.iterdir())
@@ -1704,6 +1751,17 @@ def test_own_predictions_and_features(whole, shapes, tmp_path):
         assert float(predicted[name][1]) == pytest.approx(p.item(), abs=1e-3)
     assert len(json.loads((tmp_path / "p.json").read_text())) == 12
 
+    # after training on N-Caltech101, whose recordings are moved to the corner
+    checkpoint, events = torch.load(ckpt), np.load(test_folder / "a" / "20.npy")
+    checkpoint["args"]["dataset"] = "ncaltech101"
+    torch.save(checkpoint, tmp_path / "caltech.pt")
+    for side in "xy":
+        events[side] -= events[side].min()
+    write(tmp_path / "moved.npy", events)
+    moved, _ = run_eval(ckpt, "--predict", tmp_path / "moved.npy")
+    row, _ = run_eval(tmp_path / "caltech.pt", "--predict", test_folder / "a" / "20.npy")
+    assert row[1].split(",")[1:] == moved[1].split(",")[1:] and events["x"].min() == 0
+
 
 def test_own_flat_folder_pretrains_and_another_folder_is_fine_tuned(shapes, tmp_path):
     for split in "Train", "Test":
@@ -1714,8 +1772,10 @@ def test_own_flat_folder_pretrains_and_another_folder_is_fine_tuned(shapes, tmp_
         run_tiny(shapes, tmp_path / f"both{i}", "--pretrain-on", tmp_path / folder,
                  "--image-size", "32")
         assert same(tmp_path / "pre", tmp_path / f"both{i}", "pretrained.pt")
-    run_tiny(tmp_path / "flat", tmp_path / "tenth", "--epochs", "0", "--image-size", "32")
+    for name, flags in [("tenth", []), ("itself", ["--pretrain-on", tmp_path / "flat"])]:
+        run_tiny(tmp_path / "flat", tmp_path / name, "--epochs", "0", "--image-size", "32", *flags)
     assert not same(tmp_path / "pre", tmp_path / "tenth", "pretrained.pt")
+    assert same(tmp_path / "tenth", tmp_path / "itself", "pretrained.pt")  # without its test
     lines = run_tiny(shapes, tmp_path / "other", "--init", tmp_path / "pre" / "pretrained.pt")
     assert any("pre-trained at 32 pixels, this run has 16" in line for line in lines)
     args = torch.load(tmp_path / "other" / "finetuned.pt")["args"]
@@ -1726,7 +1786,7 @@ def test_own_resume_with_other_recordings_stops(shapes, tmp_path):
     shutil.copytree(shapes, tmp_path / "own")
     run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0")
     (tmp_path / "own" / "Train" / "a" / "0.npy").rename(tmp_path / "own" / "Test" / "a" / "new.npy")
-    with pytest.raises(data.UserError, match="was made with recordings"):
+    with pytest.raises(data.UserError, match="was made with recordings of other names"):
         run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0", "--resume")
 
 
