@@ -75,7 +75,7 @@ DATASETS = {
 }
 FOLDER_DEFAULTS = DEFAULTS | REAL | dict(
     n_frames=4, image_size=None,  # None: the sensor's
-    arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=4e-3, batch_size=32)
+    arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, batch_size=32)
 
 # frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
 # names: "<class>/<file>" of each recording

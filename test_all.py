@@ -1251,7 +1251,9 @@ def test_train_optimizer_decays_weights_only_and_rates_follow_a_cosine():
     assert others["params"] == [model[0].bias, model[1].bias] and others["weight_decay"] == 0
     cosine = [0.5 + 0.5 * math.cos(math.pi * step / 40) for step in range(40)]
     rates = [train.warmup_cosine(step, 40) for step in range(40)]
-    assert rates == pytest.approx([0.5, *cosine[1:]])  # two steps of warm-up
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine[4:]])
+    rates = [train.warmup_cosine(step, 200) for step in range(10)]
+    assert rates[:9] == pytest.approx([i / 10 for i in range(1, 10)])
 
     p, batch = torch.nn.Parameter(torch.tensor(0.0)), (torch.tensor(1.0), torch.tensor(0.5))
     results = train.train_one_epoch(
@@ -1382,7 +1384,7 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
         return [line.split(":")[0] for line in lines if re.match(r"(pretrain|finetune) \d", line)]
     assert epochs() == [] and same_run(whole, run)
     rates = [row["lr"] for row in read_log(run)]
-    assert rates == ["2.00e-03", "1.00e-03"] * 2
+    assert rates == ["4.00e-04", "1.00e-03"] * 2
     more = ["--epochs", "4", "--weight-decay", "0.5"]
     assert epochs(*more) == ["finetune 3/4", "finetune 4/4"]
     assert same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")

@@ -267,8 +267,12 @@ def build_optimizer(model, weight_decay):
 
 
 def warmup_cosine(step, steps):
-    """Compute a step's share of the learning rate: a twentieth of warm-up, then a cosine to 0."""
-    warmup = max(1, steps // 20)
+    """Compute a step's share of the learning rate: a cosine from 1 to 0, after a warm-up.
+
+    It lasts a twentieth of all steps, but at least 5: in a network whose batch norm has fixed
+    statistics, a full first step of AdamW is far too large for the fitted head.
+    """
+    warmup = max(5, steps // 20)
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
