@@ -121,13 +121,10 @@ def pretrain(encoder, unlabelled, args, state):
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
     state["pretrain"] = copy.deepcopy(state["pretrain"])
     # The statistics of batch norm stem from the last views. Fine-tuning keeps them fixed, so they
-    # are taken again, from all recordings as they are, in random order: each batch has a variance,
-    # which would be too small in batches of one class.
-    generator = torch.Generator().manual_seed(args.seed)
-    batches = data.batches(
-        unlabelled, args.batch_size, args.device, shuffle=True, generator=generator)
+    # are taken again, from all recordings as they are. The variance is the mean of those of
+    # batches, hence batches of mixed classes.
     with models.autocast(args.device):
-        update_bn(batches, encoder)
+        update_bn(mixed_batches(unlabelled, args), encoder)
     save("pretrained.pt", args, dict(
         kind="pretrained", classes=unlabelled.classes, weights=encoder.state_dict()))
 
@@ -205,13 +202,9 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
             raise UserError(f"{name}: the loss is {loss}: take a lower learning rate; --resume "
                             "continues after the last epoch in state.pt, if there is one")
 
-        # firing rate in training mode, at a batch of all classes that is the same in every epoch
-        generator = torch.Generator().manual_seed(args.seed)
-        x, _ = next(data.batches(
-            split, args.batch_size, args.device, shuffle=True, generator=generator))
+        # log and state; the rate comes before monitor(), which ends the mode of training
+        x, _ = next(mixed_batches(split, args))
         rate = firing_rate(encoder, x)
-
-        # log and state
         due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
         row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", rate=f"{rate:.4f}",
                    lr=f"{lrs[0]:.2e}", knn=f"{monitor():.4f}" if due else "",
@@ -240,6 +233,12 @@ def train_one_epoch(compute_loss, batches, optimizer, lrs):
     if dist.is_initialized():
         dist.all_reduce(means)  # sums
     return (means / rank_and_world_size()[1]).tolist()  # only now does the CPU wait for a GPU
+
+
+def mixed_batches(split, args):
+    """Yield batches in random order, and so of mixed classes, the same at every call."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return data.batches(split, args.batch_size, args.device, shuffle=True, generator=generator)
 
 
 @torch.no_grad()
