@@ -19,6 +19,7 @@ import re
 import signal
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ DATASETS = {
 }
 FOLDER_DEFAULTS = DEFAULTS | REAL | dict(
     n_frames=4, image_size=None,  # None: the sensor's
-    arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, batch_size=32)
+    arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=2e-3, batch_size=32)
 
 # frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
 # names: "<class>/<file>" of each recording
@@ -115,7 +116,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     settings = dict(n_frames=n_frames or config["n_frames"], frames_by=frames_by, sensor=sensor,
                     size=size or config["image_size"] or min(128, max(8, *sensor)))
     path = Path(f"{prefix}-{cache_key(recordings, read, settings)}.npy")
-    if not path.with_suffix(".json").exists():
+    if not (path.exists() and path.with_suffix(".json").exists()):
         make_frames(path, recordings, read, **settings)
     about = json.loads(path.with_suffix(".json").read_text())
     if about["broken"]:
@@ -137,10 +138,10 @@ def select(split, index):
     return split._replace(frames=split.frames[index], labels=split.labels[index], names=names)
 
 
-def fingerprint(split):
+def fingerprint(names):
     """Hash the names of a split's recordings, to tell later whether it is the same split."""
-    names = os.fsencode("\n".join(split.names))  # they need not be UTF-8
-    return hashlib.sha256(names).hexdigest()[:12]
+    text = os.fsencode("\n".join(names))  # they need not be UTF-8
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def resolve(name):
@@ -184,6 +185,8 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
     if frames_by == "time" and n:
         span = t[-1] - t[0]
+        if 0 < span < n_frames and t.dtype.kind in "iu":
+            raise ValueError(f"lasts {span} units of time, too few for {n_frames} frames")
         # "//" for integers, as in SpikingJelly; of 1.5 s it would make frames of 0 s
         duration = span // n_frames if t.dtype.kind in "iu" else span / n_frames
         starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
@@ -206,7 +209,7 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
     shape = (len(recordings), n_frames, 2, size, size)
     valid, facts, broken = [], [], []
     try:
-        frames = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        frames = new_array(part, np.uint8, shape)
         for recording, result, error in map_recordings(measure, recordings, read):
             if error:
                 broken.append(f"{recording[2]}: {error}")
@@ -215,7 +218,7 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
             if counts.itemsize > frames.itemsize:  # the first count past 255: all become int16
                 part.unlink()
                 # the deleted file can be read as long as narrow maps it
-                narrow, frames = frames, np.lib.format.open_memmap(part, "w+", np.int16, shape)
+                narrow, frames = frames, new_array(part, np.int16, shape)
                 frames[: len(valid)] = narrow[: len(valid)]
             frames[len(valid)] = counts  # rows behind the last valid recording stay unused
             valid.append(recording)
@@ -226,6 +229,15 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
         write_json(path.with_suffix(".json"), dict(recordings=valid, broken=broken))
     finally:
         part.unlink(missing_ok=True)
+
+
+def new_array(path, dtype, shape):
+    """Create an .npy file -> the array in it, mapped into memory."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and a crash (SIGBUS) later
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 def frames_and_facts(events, key, **settings):
@@ -310,6 +322,8 @@ def map_recordings(measure, recordings, read):
         bar = tqdm(results, "recordings", len(recordings), disable=None)  # None: in a terminal only
         for recording, (result, error) in zip(recordings, bar):
             yield recording, result, error
+    except BrokenProcessPool:
+        raise UserError("a process that reads recordings was killed, perhaps for lack of memory")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -347,7 +361,7 @@ def validate_events(events):
     # the recording means that a clock was reset or that bytes are wrong.
     t = events["t"].astype(np.float64)
     back, duration = (np.maximum.accumulate(t) - t).max(), t.max() - t.min()
-    if back > 0.01 * duration:
+    if not back <= 0.01 * duration:  # NaN neither
         raise ValueError(f"time runs backwards, by {back:g} of {duration:g}")
     return events
 
@@ -573,9 +587,12 @@ def files_below(folder):
     """List all files below a folder, and behind links there -> their paths in the folder."""
     def refuse(error):  # os.walk would pass over a folder that cannot be read
         raise error
-    return [Path(path, name).relative_to(folder)
-            for path, _, names in os.walk(folder, onerror=refuse, followlinks=True)
-            for name in names]
+    files = []
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        files += [Path(path, name).relative_to(folder) for name in names]
+        here = Path(path).resolve()  # a link to a folder that holds it would never end
+        folders[:] = [f for f in folders if (here / f).resolve() not in (here, *here.parents)]
+    return files
 
 
 def is_recording(f):
@@ -652,8 +669,10 @@ def read_aedat4(path):
 def read_npz(path):
     """Read arrays x, y, t and p, as SpikingJelly saves them; others are passed over."""
     with np.load(path) as file:
-        arrays = {FIELDS.get(name, name): file[name] for name in file}
-    return np.rec.fromarrays([arrays[field] for field in "xytp"], names="x,y,t,p")
+        names = {FIELDS.get(name, name): name for name in file}
+        if not set("xytp") <= set(names):
+            raise ValueError(f"expected arrays x, y, t and p, found {', '.join(file)}")
+        return np.rec.fromarrays([file[names[field]] for field in "xytp"], names="x,y,t,p")
 
 
 FIELDS = dict(ts="t", timestamp="t", timestamps="t", polarity="p", polarities="p")  # other names

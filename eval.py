@@ -221,6 +221,7 @@ def evaluate(path, args):
             head = copy.deepcopy(model.head).cpu().requires_grad_(False)
             arrays |= dict(logit_classes=classes, train_logits=head(train_features),
                            test_logits=head(features))
+        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.features, **arrays)
 
     # two views as in pre-training, but each of all events
@@ -246,9 +247,15 @@ def load_data(path, checkpoint, args):
     # tested on the folder's Test, or on all recordings if there is none.
     test_only = not same and checkpoint["kind"] == "finetuned"
     train, test = load(only="test" if test_only else None)
-    if test_only and not set(test.classes) <= set(classes):
-        train, test = load()  # kNN and linear probe have to learn them
-    recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))
+    if test_only:
+        # It may be the folder of training at another place, or have classes that kNN and linear
+        # probe have to learn.
+        parts = data.split_by_class([(name.split("/")[0], name) for name in test.names])
+        split = {wanted: data.fingerprint([name for part, _, name in parts if part == wanted])
+                 for wanted in ("train", "test")}
+        if split == train_args["recordings"] or not set(test.classes) <= set(classes):
+            train, test = load()
+    recordings = dict(train=data.fingerprint(train.names), test=data.fingerprint(test.names))
     if same and recordings != train_args["recordings"]:
         print(f"warning: {name} holds other recordings than when {path} was trained: some of those "
               "may be tested on now", file=sys.stderr)
@@ -282,6 +289,9 @@ def predict_files(args):
         read = data.TONIC_DATASETS[train_args["dataset"]][3]
     for path in files:
         frames, error = data.try_recording(str(path), to_frames, read)
+        if error and args.skip_broken:
+            print(f"warning: left out: {path}: {error}", file=sys.stderr)
+            continue
         if error:
             raise UserError(f"{path}: {error}")
         x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
@@ -472,8 +482,8 @@ def plot_accuracy(results):
         matrix.text(j, i, counts[i, j], size=8, ha="center", va="center",
                     color="white" if percent[i, j] > 50 else "black")
     matrix.set(title="recordings; colour: share of the class", xlabel="predicted", ylabel="class")
-    matrix.set_xticks(range(len(counts)), classes, rotation=90, size=8)
-    matrix.set_yticks(range(len(counts)), classes, size=8)
+    matrix.set_xticks(range(len(counts)), classes, rotation=90, size=8, parse_math=False)
+    matrix.set_yticks(range(len(counts)), classes, size=8, parse_math=False)
     return figure
 
 
@@ -511,7 +521,8 @@ def main(argv=None):
         rows = predict_files(args)
         if args.json:
             data.write_json(args.json, rows)
-        writer = csv.DictWriter(sys.stdout, ["path", "predicted", "probability"])
+        writer = csv.DictWriter(
+            sys.stdout, ["path", "predicted", "probability"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return

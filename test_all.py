@@ -1640,7 +1640,7 @@ def test_own_names_decide_order_and_split(tmp_path, capsys):
         assert splits[0].names == ["01/2.npy", "1/01.npy", "1/1.npy", "2/3.npy"]
         assert splits[1].names == ["01/10.npy", "1/1.npz", "2/4.npy"]
         assert "1 recordings occur under two endings" in capsys.readouterr().out
-    assert data.fingerprint(splits[0]) != data.fingerprint(splits[1])
+    assert data.fingerprint(splits[0].names) != data.fingerprint(splits[1].names)
 
 
 def test_own_counts_past_255_and_thin_or_small_recordings(tmp_path, capsys):
@@ -1734,6 +1734,50 @@ def test_own_results_of_others_stand_if_one_fails(whole, tmp_path, capsys):
     assert len(json.loads((tmp_path / "f.json").read_text())["runs"]) == 2
 
 
+def test_own_folder_at_another_place_has_the_same_test(tmp_path):
+    for c, i in itertools.product("ab", range(10)):
+        write(tmp_path / "own" / c / f"{i}.npy", recording(60, seed=10 * ord(c) + i))
+    last = run_tiny(tmp_path / "own", tmp_path / "run")[-1]
+    (tmp_path / "own").rename(tmp_path / "moved")
+    lines, _ = run_eval(tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
+    assert lines[-1] == last and "2 recordings" in last
+    (tmp_path / "moved" / "a" / "new.npy").symlink_to(tmp_path / "moved" / "a" / "0.npy")
+    lines, _ = run_eval(tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
+    assert "21 recordings" in lines[-1]
+
+
+def test_own_times_and_arrays_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+    events = recording(60)
+    events["t"] = np.arange(60) // 30  # 0 and 1
+    assert data.to_frames(events, 4, (12, 9), 12).sum() == 60
+    with pytest.raises(ValueError, match="lasts 1 units of time, too few for 4 frames"):
+        data.to_frames(events, 4, (12, 9), 12, "time")
+    t = np.linspace(0, 1, 60)
+    t[7] = np.nan
+    with pytest.raises(ValueError, match="time runs backwards"):
+        data.validate_events(np.rec.fromarrays([t, t, t, t > 0.5], names="x,y,t,p"))
+    arrays = {field: events[field] for field in "xyp"}
+    np.savez(tmp_path / "a.npz", timestamps=events["t"], meta=np.array({}), **arrays)
+    assert (data.read_file(str(tmp_path / "a.npz"))["t"] == events["t"]).all()
+    np.savez(tmp_path / "b.npz", events=events)
+    with pytest.raises(ValueError, match="expected arrays x, y, t and p, found events"):
+        data.read_file(str(tmp_path / "b.npz"))
+
+
+def test_own_links_in_a_loop_and_a_reader_that_dies_end(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    folders = [path for path in (tmp_path / "My.Data").rglob("*") if path.is_dir()]
+    for path in folders:
+        (path / "up").symlink_to(path.parent)
+    for again in range(2):
+        assert len(load_folder(tmp_path)[0].labels) == 6 == len(folders)
+        for path in tmp_path.glob("root/frames/*.npy"):
+            path.unlink()  # it is made again
+    monkeypatch.setitem(data.READERS, ".npy", lambda path: os._exit(9))
+    with pytest.raises(data.UserError, match="was killed"):
+        load_folder(tmp_path, 3)
+
+
 def test_own_predictions_and_features(whole, shapes, tmp_path):
     ckpt, test_folder = whole / "finetuned.pt", shapes / "Test"
     lines, _ = run_eval(ckpt, "--features", tmp_path / "f.npz")
@@ -1752,6 +1796,11 @@ def test_own_predictions_and_features(whole, shapes, tmp_path):
         assert predicted[name][0] == "abc"[row.argmax()]
         assert float(predicted[name][1]) == pytest.approx(p.item(), abs=1e-3)
     assert len(json.loads((tmp_path / "p.json").read_text())) == 12
+
+    (tmp_path / "broken.npy").write_bytes(b"half")
+    rows, warnings = run_eval(ckpt, "--skip-broken", "--predict", tmp_path / "broken.npy",
+                              test_folder / "a" / "20.npy")
+    assert len(rows) == 2 and "left out" in warnings[0] and "broken.npy" in warnings[0]
 
     # after training on N-Caltech101, whose recordings are moved to the corner
     checkpoint, events = torch.load(ckpt), np.load(test_folder / "a" / "20.npy")

@@ -111,13 +111,13 @@ def pretrain(encoder, unlabelled, args, state):
 
     chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
     print(f"loss at the level of chance: {chance:.3f}")
-    N = len(unlabelled.labels)
+    N, classes = len(unlabelled.labels), len(unlabelled.classes)
     if args.queue_size >= N:
         print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
               f"as negatives; try --queue-size {N // 4 + 1}")
     # moco, not model: its names of parameters do not depend on how it is wrapped
     train_phase("pretrain", moco, encoder, compute_loss, unlabelled, args.pretrain_epochs,
-                args.pretrain_lr, args, state, monitor if len(unlabelled.classes) > 1 else None)
+                args.pretrain_lr, args, state, monitor if classes > 1 and N > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
     state["pretrain"] = copy.deepcopy(state["pretrain"])
     # The statistics of batch norm stem from the last views. Fine-tuning keeps them fixed, so they
@@ -312,7 +312,8 @@ def load_data(args):
     if len(train.classes) < 2 and args.epochs:
         raise UserError(f"{args.dataset}: a single class; --epochs 0 pre-trains only")
     args.sensor = train.sensor
-    args.recordings = dict(train=data.fingerprint(train), test=data.fingerprint(test))
+    args.recordings = dict(
+        train=data.fingerprint(train.names), test=data.fingerprint(test.names))
     return train, test, unlabelled
 
 
@@ -411,7 +412,10 @@ def save(name, args, content):
     """Write a checkpoint into the run's folder; os.replace leaves the old file or the new one."""
     if rank_and_world_size()[0] == 0:
         path = os.path.join(args.out, name)
-        torch.save(content | {"args": vars(args)}, path + ".part")
+        try:
+            torch.save(content | {"args": vars(args)}, path + ".part")
+        except RuntimeError as e:  # a full disk
+            raise OSError(f"{path} cannot be written ({data.format_error(e)})")
         os.replace(path + ".part", path)
 
 
