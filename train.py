@@ -59,8 +59,8 @@ def main(argv=None):
     # ============ the run's folder, and the state that --resume continues ============
     state = make_run_dir(args, train.classes)
     print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test; "
-          f"pre-training on {len(unlabelled.labels)}, fine-tuning on {len(labelled.labels)}")
+    print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test, "
+          f"{len(labelled.labels)} labels to fine-tune with")
 
     # ============ pre-training, without labels ============
     if args.pretrain_epochs and not args.init:
@@ -109,9 +109,9 @@ def pretrain(encoder, unlabelled, args, state):
         fifth = torch.arange(len(y)) % 5 == 0
         return knn_accuracy(z[~fifth], y[~fifth], z[fifth], y[fifth])
 
-    chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
-    print(f"loss at the level of chance: {chance:.3f}")
     N, classes = len(unlabelled.labels), len(unlabelled.classes)
+    chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
+    print(f"pre-training on {N} recordings; loss at the level of chance: {chance:.3f}")
     if args.queue_size >= N:
         print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
               f"as negatives; try --queue-size {N // 4 + 1}")
