@@ -185,10 +185,12 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
     if frames_by == "time" and n:
         span = t[-1] - t[0]
-        if 0 < span < n_frames and t.dtype.kind in "iu":
-            raise ValueError(f"lasts {span} units of time, too few for {n_frames} frames")
-        # "//" for integers, as in SpikingJelly; of 1.5 s it would make frames of 0 s
-        duration = span // n_frames if t.dtype.kind in "iu" else span / n_frames
+        if t.dtype.kind in "iu":
+            duration = span // n_frames  # as in SpikingJelly
+            if span and not duration:
+                raise ValueError(f"lasts {span} units of time, too few for {n_frames} frames")
+        else:
+            duration = span / n_frames  # "//" would make frames of 0 s of 1.5 s
         starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
     else:
         starts = np.arange(n_frames) * (n // n_frames)

@@ -1746,7 +1746,7 @@ def test_own_folder_at_another_place_has_the_same_test(tmp_path):
     assert "21 recordings" in lines[-1]
 
 
-def test_own_times_and_arrays_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+def test_own_times_and_arrays_that_cannot_be_used_are_named(tmp_path):
     events = recording(60)
     events["t"] = np.arange(60) // 30  # 0 and 1
     assert data.to_frames(events, 4, (12, 9), 12).sum() == 60

@@ -35,10 +35,6 @@ from eval import accuracy_line, knn_accuracy
 from loss import chance_level
 from moco import MoCo
 
-# what --init takes over from the run that pre-trained the encoder, beside its weights
-PRETRAINING = [
-    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
-    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
 
 def main(argv=None):
     args = parse_args(argv)
@@ -330,6 +326,12 @@ def few_shot_subset(train, labels_per_class, seed):
         if len(candidates) < labels_per_class:
             print(f"warning: fewer than {labels_per_class} recordings in class {name}")
     return data.select(train, chosen)
+
+
+# what --init takes over from the run that pre-trained the encoder, beside its weights
+PRETRAINING = [
+    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
+    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
 
 
 def load_pretrained_encoder(encoder, args):
