@@ -7,7 +7,7 @@
 
 Polarity 0 is off (darker), 1 is on (brighter). A data set is `toy` (simulated here), a public one
 that tonic downloads, or a folder of recordings.
-Tests: python -m pytest test_all.py -k data
+Tests: python -m pytest test_all.py -k "data or own"
 """
 import functools
 import hashlib
@@ -92,13 +92,13 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     """Load a data set -> (train, test), each a Split. Raises UserError.
 
     name: a key of DATASETS, downloaded into root if missing, or a folder: see list_folder. n_frames
-    and size (pixels) default to the data set's row; a folder's size to its sensor's, 128 at most,
-    and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings that cannot
-    be read, which otherwise are an error. frames_by: see to_frames; columns: the order of plain
-    [N, 4] arrays, as "xytp". only: "train" or "test" leaves out a folder's other split, or puts all
-    recordings of a folder without Train and Test into this one. Frames are made once, by all cores,
-    and cached in root/frames, by cache_key. Scripts call this under `if __name__ == "__main__":`:
-    worker processes import them.
+    and size (pixels) default to the data set's row; a folder's size to its sensor's longer side,
+    128 at most, and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings
+    that cannot be read, which otherwise are an error. frames_by: see to_frames; columns: the order
+    of plain [N, 4] arrays, as "xytp". only: "train" or "test" leaves out a folder's other split, or
+    puts all recordings of a folder without Train and Test into this one. Frames are made once, by
+    all cores, and cached in root/frames, by cache_key. A script calls this in a block under
+    `if __name__ == "__main__":`, because worker processes import the script.
     """
     name, root = resolve(name), Path(root).expanduser()
     config = default_config(name)
@@ -167,7 +167,8 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     values is on; a single one is on above 0); sensor_size: (W, H) pixels. Each frame has equally
     many events or, if frames_by is "time", lasts equally long; the last one takes the remainder
     too (as in SpikingJelly). A pixel of the frame sums the sensor's pixels that fall into it, up to
-    32,767 events. Raises ValueError for events outside the sensor.
+    32,767 events. Raises ValueError for events outside the sensor, and if integer times are too few
+    for frames of equal duration.
     """
     (width, height), n = sensor_size, len(events)
     t = np.ascontiguousarray(events["t"])  # a structured array interleaves its fields: slow to scan
@@ -282,7 +283,7 @@ def cache_key(recordings, read, settings):
 
 
 def infer_sensor_size(prefix, recordings, read):
-    """Find, print and cache the smallest sensor [W, H] that holds the events of all recordings."""
+    """Find, print and cache the sensor [W, H] that .aedat4 files name or that holds all events."""
     path = Path(f"{prefix}-{cache_key(recordings, read, {})}.sensor.json")
     if not path.exists():
         measured = list(map_recordings(sensor_of, recordings, read))
@@ -332,9 +333,10 @@ def map_recordings(measure, recordings, read):
 
 def report_broken(broken, total, skip_broken):
     """Raise UserError with the broken recordings, 20 at most; skip_broken: warn, if not all are."""
-    remedy = "left out" if skip_broken else "remove them or pass --skip-broken"
+    remedy = ": left out" if skip_broken else ": remove them or pass --skip-broken"
+    remedy = "" if len(broken) == total else remedy
     lines = broken[:20] + ([f"and {len(broken) - 20} more"] if len(broken) > 20 else [])
-    text = "\n  ".join([f"{len(broken)} of {total} recordings are broken: {remedy}:", *lines])
+    text = "\n  ".join([f"{len(broken)} of {total} recordings are broken{remedy}:", *lines])
     if not skip_broken or len(broken) == total:
         raise UserError(text)
     print(f"warning: {text}")
@@ -453,12 +455,13 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
               rotation=30, shear=0.3, cutout=0.125):
     """Draw the parameters of B views -> dict of tensors [B], or [2, B] (x and y).
 
-    NDA's operations (Li et al. 2022), which the paper builds on, with its ranges at magnitude 2 as
-    defaults, and a crop. flip: mirror, p 0.5. min_scale, max_scale: the crop's share of the image's
-    area; it is stretched to the view (1: no crop; above 1: the image shrinks). Then num_ops of the
-    four below, drawn for each view: shift of the crop by up to this share of the image's side (what
-    leaves is lost; in NDA it enters again); rotation by up to so many degrees; shear by up to so
-    many columns per row; cutout, a square hole whose side is this share of the view's.
+    NDA's operations (Li et al. 2022), which the paper builds on, with its ranges at magnitude 2 and
+    128 pixels as defaults, and a crop. flip: mirror, p 0.5. min_scale, max_scale: the crop's share
+    of the image's area; it is stretched to the view (1: no crop; above 1: the image shrinks). Then
+    num_ops of the four below, drawn for each view: shift of the crop by up to this share of the
+    image's side (what leaves is lost; in NDA it enters again); rotation by up to so many degrees;
+    shear by up to so many columns per row; cutout, a square hole whose side is this share of the
+    view's.
     """
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
@@ -477,8 +480,8 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
 
 # ---------------------------------------------------------- where recordings come from: toy data
 #
-# One of ten shapes turns and circles before the camera, as in N-MNIST's saccades. Many unlabelled
-# recordings in random poses and few labels are the setting in which pre-training helps.
+# One of ten shapes turns and circles before the camera. Many unlabelled recordings in random poses
+# and few labels are the setting in which pre-training helps.
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 
@@ -515,7 +518,7 @@ def simulate_toy(key, steps=32, threshold=0.25):
 
     A pixel fires when the logarithm of its brightness has changed by threshold since its last
     event. Size, place, pose and turning do not depend on the class; the views of pre-training vary
-    all of them. key: "toy:<seed>:<number>", of class number % 10; steps: of 1 ms.
+    the first three. key: "toy:<seed>:<number>", of class number % 10; steps: of 1 ms.
     """
     _, seed, i = key.split(":")
     rng = np.random.default_rng([int(seed), int(i)])
@@ -621,7 +624,7 @@ def split_by_class(recordings):
     """Split [(class, key)] -> [(split, class, key)] by nothing but the names.
 
     The last tenth of each class in natural order is for the test: rounded down, but at least one
-    unless the class has a single recording. The tenth is SpikingJelly's.
+    unless the class has a single recording, as SpikingJelly rounds.
     """
     keys_of, split = defaultdict(list), []
     for cls, key in recordings:

@@ -52,7 +52,7 @@ def wilson_interval(correct, n, z=1.959964):
 
 
 def accuracy_line(accuracy, recordings):
-    """Write the last line of train.py and eval.py; accuracy in percent."""
+    """Write the line that ends train.py, and eval.py of a classifier; accuracy in percent."""
     return f"test accuracy {accuracy:.2f} % (last epoch, {recordings} recordings)"
 
 
@@ -503,7 +503,7 @@ def parse_args(argv):
     add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")
     add("--json", metavar="FILE", help="write all numbers to this file")
-    add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
+    add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
     args = parser.parse_args(argv)

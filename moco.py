@@ -102,7 +102,7 @@ class ProjectionHead(nn.Module):
     """Project features to embeddings, at each time step: [T, B, D] -> [T, B, dim].
 
     The paper does not describe its head. Chosen: a batch norm after each of two linear layers, over
-    all T * B rows, the last one without weights, as in the code of SimCLR (Chen et al. 2020).
+    all T * B rows, the last one without weights, as in the code of MoCo v3 (Chen et al. 2021).
     """
 
     def __init__(self, D, dim, hidden=512):

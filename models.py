@@ -5,7 +5,7 @@ Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, jo
     SEW-ResNet (Fang et al. 2021)   x + block(block(x)), "spike-element-wise" addition
     Spikformer (Zhou et al. 2023)   four blocks make the image tokens; then, in each layer,
                                     x + attention(x) and x + mlp(x), where attention is
-                                    LIF((q k^T) v / 8) of spikes q, k, v, without softmax
+                                    block(LIF((q k^T) v / 8)) of spikes q, k, v, no softmax
 
 Only LIF layers see time: the others see a batch of T*B images. Both follow SpikingJelly 2.0.0's
 Spikformer and sew_resnet18(cnf="ADD"), whose weights fit: state_dict() has the same tensors in the
@@ -33,7 +33,8 @@ class ConvLIF(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
-        # Our choice: at the usual 1, only 2 % of the neurons fire at first; at 2, 15 to 50 %.
+        # Our choice: untrained, 3 % of the neurons spike at a time at the usual 1, and 10 to 15 %
+        # at 2; more of them after a max-pool.
         nn.init.constant_(self.bn.weight, 2.0)
         self.pool = nn.MaxPool2d(**HALVE) if pool else nn.Identity()
         self.lif = LIF()
@@ -208,9 +209,9 @@ def device(name):
 def limit_threads(image_size):
     """Compute in one thread where frames are small, unless OMP_NUM_THREADS is set.
 
-    Threads that wait for each other at every small operation make a step 10 to 25 times slower
-    beside a busy process; one thread is at most 1.5 times slower on an idle machine, and its
-    result does not depend on the number of cores.
+    Threads that wait for each other at every small operation make a step more than 10 times slower
+    beside a busy process. One thread is at most 1.5 times slower on an idle machine, and its result
+    does not depend on the number of cores. Measured in docs/performance.md.
     """
     if image_size < 64 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -230,7 +231,8 @@ def predict(model, batches):
 def fit_linear(features, labels, num_classes):
     """Fit a linear classifier to features [N, D] with labels [N] -> nn.Linear, on the CPU.
 
-    Cross-entropy with an L2 penalty on standardised features, at most 200 iterations of L-BFGS.
+    Cross-entropy on standardised features with an L2 penalty on the weights; L-BFGS, at most 200
+    iterations.
     """
     # 1e-3: a feature that hardly varies is not blown up
     mean, std = features.mean(0), features.std(0, correction=0) + 1e-3

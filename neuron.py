@@ -122,7 +122,7 @@ def flatten_neurons(function, constants, *tensors):
 
 
 def call(function, constants, *tensors):
-    """Call lif_forward or lif_backward; if COMPILE, as one fused loop and not 5 T operations."""
+    """Call lif_forward or lif_backward; if COMPILE, as one fused loop."""
     global COMPILE
     # Inside a compiled network, its own compiler fuses the plain function with its neighbours.
     if COMPILE and not torch.compiler.is_compiling():

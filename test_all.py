@@ -1,7 +1,7 @@
 """The whole test-suite: every fast path beside a slow, obvious one, then the command line at tiny
 sizes. Tests of what a machine lacks (SpikingJelly, a C++ compiler, a GPU) are skipped.
 
-    python -m pytest test_all.py   # -k lif | loss | moco | models | data | train | eval for a part
+    python -m pytest test_all.py   # -k lif | loss | moco | models | data | own | train | eval
 """
 import contextlib
 import copy

@@ -168,7 +168,7 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
     """Train model for the epochs that are left; after each, write log.csv and state.pt.
 
     compute_loss(x, y) -> (loss, accuracy of the batch); encoder: the part of model whose firing
-    rate is logged; monitor() -> kNN accuracy, logged ten to nineteen times, or None.
+    rate is logged; monitor() -> kNN accuracy, logged 19 times at most, or None.
     """
     rank, world_size = rank_and_world_size()
     optimizer = build_optimizer(model, args.weight_decay)
@@ -262,10 +262,10 @@ def build_optimizer(model, weight_decay):
 
 
 def warmup_cosine(step, steps):
-    """Compute a step's share of the learning rate: a cosine from 1 to 0, after a warm-up.
+    """Compute a step's share of the learning rate: a cosine from 1 to 0, or the warm-up if lower.
 
-    It lasts a twentieth of all steps, but at least 5: in a network whose batch norm has fixed
-    statistics, a full first step of AdamW is far too large for the fitted head.
+    The warm-up lasts a twentieth of all steps, but at least 5: in a network whose batch norm has
+    fixed statistics, a full first step of AdamW is far too large for the fitted head.
     """
     warmup = max(5, steps // 20)
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -478,10 +478,10 @@ def parse_args(argv):
     add = parser.add_argument_group("data").add_argument
     add("--root", default="data", help="folder of downloads and cached frames")
     add("--n-frames", type=positive, help="time steps T that a recording is cut into")
-    add("--frames-by", choices=("count", "time"), help="frames of equal events or equal duration")
+    add("--frames-by", choices=("count", "time"), help="frames equal in events or duration")
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
-        help="size of a folder's sensor; None: the largest coordinates")
+        help="size of a folder's sensor; None: as named, or the largest coordinates")
     add("--labels-per-class", type=in_range(int, 0), help="for fine-tuning; 0: all")
     add("--columns", help="order of the columns of plain [N, 4] arrays, as xytp")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
@@ -506,8 +506,8 @@ def parse_args(argv):
     add("--batch-size", type=in_range(int, 2), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
-    add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order and views")
-    add("--device", type=models.device, help="cpu, cuda[:N] or mps (untested)",
+    add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
+    add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")

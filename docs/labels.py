@@ -1,6 +1,6 @@
 """Plot test accuracy against labels per class, one panel per data set, and print the table.
 
-    python docs/labels.py runs/*       # folders of finished runs -> docs/labels.png
+    python docs/labels.py runs/*       # folders of fine-tuned runs -> docs/labels.png
 
 A run counts as pre-trained if it had --init or epochs of pre-training, else as from scratch. Bands
 are one standard deviation over seeds. The gain is paired by seed: the mean over seeds of the

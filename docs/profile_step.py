@@ -3,8 +3,8 @@
     python docs/profile_step.py --device cuda --arch spikformer-2-256 --batch 16
 
 Prints the milliseconds of a step, its recordings per second and peak GPU memory, then the share of
-each kind of kernel and of the time in which the GPU waits for the CPU. Random frames, T = 16,
-128 x 128 pixels; the step is that of train.py, from frames to the optimizer.
+each kind of kernel and of the time in which the GPU waits for the CPU. Random frames, by
+default T = 16 of 128 x 128 pixels; the step is that of train.py, from frames to the optimizer.
 """
 import argparse
 import sys
