@@ -253,6 +253,9 @@ def load_data(path, checkpoint, args):
         parts = data.split_by_class([(name.split("/")[0], name) for name in test.names])
         split = {wanted: data.fingerprint([name for part, _, name in parts if part == wanted])
                  for wanted in ("train", "test")}
+        if split == train_args["recordings"]:
+            print(f"warning: {name} has the names of the training folder, so only its test "
+                  "recordings are tested", file=sys.stderr)
         if split == train_args["recordings"] or not set(test.classes) <= set(classes):
             train, test = load()
     recordings = dict(train=data.fingerprint(train.names), test=data.fingerprint(test.names))
@@ -336,17 +339,20 @@ def print_report(results):
 
 
 def print_summary(runs):
-    """Print a row per run, then mean ± deviation of those that differ only in the seed."""
-    by_recipe, rows = defaultdict(list), []
+    """Print a row per run, then mean ± deviation of those that differ only in the seed.
+
+    Of several with the same seed, the first one counts.
+    """
+    by_recipe, rows = defaultdict(dict), []
     for run in runs:
         settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
         # what may differ between seeds, each of which may have its own --init
         for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
             del settings[name]
-        by_recipe[json.dumps(settings)].append(run)
+        by_recipe[json.dumps(settings)].setdefault(run["args"]["seed"], run)
         rows.append((run["path"], [run]))
     rows += [(f"mean of {len(same)} seeds, {same[0]['path']} ...", same)
-             for same in by_recipe.values() if len(same) > 1]
+             for same in (list(runs.values()) for runs in by_recipe.values()) if len(same) > 1]
     width = max(len(name) for name, _ in rows)
     print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
     for name, same in rows:
@@ -509,6 +515,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if len(args.ckpt) > 1 and (args.pictures or args.predict or args.features):
         parser.error("--pictures, --predict and --features take a single --ckpt")
+    if args.predict and (args.dataset or args.sensor or args.features or args.pictures):
+        parser.error("--predict goes with --columns, --skip-broken and --json only")
     if args.pictures and not importlib.util.find_spec("matplotlib"):
         parser.error("--pictures needs matplotlib: pip install matplotlib")
     return args

@@ -1200,13 +1200,14 @@ def test_eval_summary_averages_runs_that_differ_only_in_the_seed(whole, tmp_path
     assert cells[0][1:] == [f"{k}, {unit}" if unit else k for k, unit in units]
     assert cells[1] == [str(paths[0]), *(f"{run[k]:.{2 if unit else 3}f}" for k, unit in units)]
     assert cells[2][:2] == [str(paths[1]), "-"] and len(cells) == 3
-    changes = [dict(seed=1), dict(seed=2, out="o", root="r", device="d", resume=1, no_compile=0),
+    changes = [dict(seed=1), dict(seed=1, init="same.pt"),  # of a seed, the first one counts
+               dict(seed=2, out="o", root="r", device="d", resume=1, no_compile=0),
                dict(seed=3, init="other.pt"), dict(lr=0.5), dict(queue_size=9)]
     runs = [run | dict(path=str(i), args=run["args"] | change, accuracy=90.0 + i**2)
             for i, change in enumerate(changes)]
     lines, _ = printed(evaluation.print_summary, runs)
-    assert len(lines) == 7 and lines[-1].startswith("mean of 3 seeds, 0 ...")
-    assert re.split(r"\s{2,}", lines[-1])[1] == "91.67 ± 2.08"  # of 90, 91 and 94
+    assert len(lines) == 8 and lines[-1].startswith("mean of 3 seeds, 0 ...")
+    assert re.split(r"\s{2,}", lines[-1])[1] == "94.33 ± 4.51"  # of 90, 94 and 99
 
 
 def test_eval_pictures_are_written_and_not_blank(whole, tmp_path):
@@ -1366,7 +1367,7 @@ def test_train_resumes_bit_for_bit_after_kill_9_and_ctrl_c(shapes, tmp_path):
             time.sleep(0.005)
         run.send_signal(stop)
         error = run.communicate(timeout=60)[1]
-        assert run.returncode == (1 if stop == signal.SIGINT else -stop), error
+        assert run.returncode == -stop, error
         if stop == signal.SIGINT:
             assert "Traceback" not in error and "--resume" in error.splitlines()[-1]
     run_tiny(shapes, tmp_path / "cut", *flags)
@@ -1374,19 +1375,23 @@ def test_train_resumes_bit_for_bit_after_kill_9_and_ctrl_c(shapes, tmp_path):
 
 
 def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp_path):
-    run = shutil.copytree(whole, tmp_path / "run")
+    run, changed = shutil.copytree(whole, tmp_path / "run"), []
 
     def epochs(*flags):
         lines = run_tiny(shapes, run, "--resume", *flags)
+        changed[:] = [line for line in lines if line.startswith("from here on: ")]
         assert lines[-1] == run_eval(run / "finetuned.pt")[0][-1]  # test accuracy ...
         test = (run / "log.csv").read_text().splitlines()[-1]
         assert re.fullmatch(rf"test,,,{float(lines[-1].split()[2]) / 100:.4f},+", test)
         return [line.split(":")[0] for line in lines if re.match(r"(pretrain|finetune) \d", line)]
-    assert epochs() == [] and same_run(whole, run)
+    assert epochs("--alpha", "1") == [] == changed and same_run(whole, run)  # it comes too late
+    assert torch.load(run / "pretrained.pt")["args"]["alpha"] == 0.5
     rates = [row["lr"] for row in read_log(run)]
     assert rates == ["4.00e-04", "1.00e-03"] * 2
     more = ["--epochs", "4", "--weight-decay", "0.5"]
     assert epochs(*more) == ["finetune 3/4", "finetune 4/4"]
+    assert changed == [
+        "from here on: epochs 4, not 2", "from here on: weight_decay 0.5, not 0.06"]
     assert same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")
     assert read_log(run)[:4] == read_log(whole) and len(read_log(run)) == 6
     state = torch.load(run / "state.pt")
@@ -1518,7 +1523,7 @@ def error_of(script, *argv):
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr 0", "--pretrain-lr inf", "--weight-decay nan", "--alpha -1", "--epochs -1",
     "--momentum 1.5", "--momentum -0.1", "--temperature 0", "--n-frames 0", "--queue-size 0",
-    "--image-size 0", "--batch-size -3", "--labels-per-class -1", "--sensor 0 9", "--dataset",
+    "--image-size 0", "--batch-size 2", "--labels-per-class -1", "--sensor 0 9", "--dataset",
     "--seed 99999999999999999999", "--device gpu", "--device cuda:99", "--pretrain-epoch 3",
     "--beta 0 --alpha 0 -> --beta 0", "--epochs 0 --pretrain-epochs 0 -> nothing to do",
     "--dataset no/such -> no/such: neither a folder nor one of toy", "--dataset FOLDER -> folder",
@@ -1531,6 +1536,11 @@ def error_of(script, *argv):
     "--resume --out WHOLE --arch spikformer-1-32 -> arch spikformer-1-16, not spikformer-1-32",
     "--resume --out WHOLE --queue-size 9 -> queue_size 8, not 9",
     "--resume --out WHOLE --image-size 8 -> image_size 16, not 8",
+    "--resume --out WHOLE --seed 1 -> seed 0, not 1",
+    "--resume --out WHOLE --init CKPT -> init None, not",
+    "--resume --out WHOLE --epochs 1 -> 2 epochs of finetune, not 1",
+    "--resume --out WHOLE --pretrain-epochs 0 -> 2 epochs of pretrain, not 0",
+    "--resume --out LOST -> holds finetuned.pt, but not both",
     "--dataset SPLIT -> need a folder for each class",
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
     "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
@@ -1538,11 +1548,13 @@ def error_of(script, *argv):
     "--ckpt CKPT --device gpu -> --device", "--ckpt CKPT --device cuda:99 -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures",
-    "--ckpt CKPT --predict FOLDER -> no recordings"])
+    "--ckpt CKPT --predict FOLDER -> no recordings",
+    "--ckpt CKPT --predict FOLDER --dataset toy -> goes with"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):
     evil = f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()  # a pickle that runs a command
     files = {"empty": b"", "half": (whole / "finetuned.pt").read_bytes()[:9000]}
-    for name, content in (files | {"evil": evil, "folder/state.pt": evil}).items():
+    files |= {"evil": evil, "folder/state.pt": evil, "lost/finetuned.pt": b""}
+    for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     for name in "az":
@@ -1739,8 +1751,10 @@ def test_own_folder_at_another_place_has_the_same_test(tmp_path):
         write(tmp_path / "own" / c / f"{i}.npy", recording(60, seed=10 * ord(c) + i))
     last = run_tiny(tmp_path / "own", tmp_path / "run")[-1]
     (tmp_path / "own").rename(tmp_path / "moved")
-    lines, _ = run_eval(tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
+    lines, (warning,) = run_eval(
+        tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
     assert lines[-1] == last and "2 recordings" in last
+    assert "has the names of the training folder" in warning
     (tmp_path / "moved" / "a" / "new.npy").symlink_to(tmp_path / "moved" / "a" / "0.npy")
     lines, _ = run_eval(tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
     assert "21 recordings" in lines[-1]

@@ -16,6 +16,7 @@ import csv
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -303,6 +304,9 @@ def load_data(args):
         unlabelled, _ = data.load(
             args.pretrain_on, size=args.image_size, only="train", **settings)
         unlabelled = data.to_gpu_if_fits(unlabelled, args.device)
+        if unlabelled.sensor != train.sensor:
+            print(f"warning: the sensor of --pretrain-on is {unlabelled.sensor}, that of --dataset "
+                  f"{train.sensor}: if the camera is the same, pass --sensor")
     if dist.is_initialized() and not waits:
         dist.barrier()
     if len(train.classes) < 2 and args.epochs:
@@ -373,8 +377,11 @@ def make_run_dir(args, classes):
             open(out / "log.csv", "a" if args.resume else "x").close()  # "x": no two runs share it
         except FileExistsError:
             raise UserError(f"--out {out}: holds a run already: add --resume to continue it")
-        if (out / "state.pt").exists():
+        if args.resume and (out / "state.pt").exists():
             found[1] = load_state(out / "state.pt", args, classes)
+        elif kept := [path.name for path in out.glob("*.pt")]:
+            raise UserError(f"--out {out}: holds {', '.join(kept)}, but not both state.pt and "
+                            "log.csv to continue that run")
         elif args.resume:
             print(f"{out}: no run to continue, a new one starts")
         found[0] = str(out)
@@ -385,9 +392,9 @@ def make_run_dir(args, classes):
 
 
 def load_state(path, args, classes):
-    """Read state.pt; if pre-training is to continue, fine-tuning starts anew."""
+    """Read state.pt and print what flags change; with more pre-training, fine-tune anew."""
     given = vars(args) | {"classes": classes}
-    fixed = ["classes", "recordings", "arch", "image_size"]
+    fixed = ["classes", "arch", "image_size", "seed", "init", "pretrain_on"]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "pretrain" in state:
@@ -395,18 +402,29 @@ def load_state(path, args, classes):
         saved = state["args"] | {"classes": state["classes"]}
         if "split_events" not in saved:
             raise ValueError("written by an earlier version of train.py")
-        changed = [name for name in fixed if saved[name] != given[name]]
+        wrong = [f"{name} {saved[name]}, not {given[name]}" for name in fixed
+                 if saved[name] != given[name]]
+        if saved["recordings"] != args.recordings:
+            wrong.append("recordings of other names or in another split")
         pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume: {path}: {data.format_error(e)}")
-    if changed:
-        name = changed[0]
-        how = f"{name} {saved[name]}, not {given[name]}" if name != "recordings" else (
-            "recordings of other names or in another split")
-        raise UserError(f"--resume: {path} was made with {how}")
-    if not args.init and len(pretrain_log) < args.pretrain_epochs:
+    done = len(pretrain_log)
+    if not args.init and done < args.pretrain_epochs:
+        if done == 0:  # the state is of fine-tuning
+            wrong.append("no pre-training")
         state.pop("finetune", None)
         state["log"] = pretrain_log
+    elif done:  # other flags of pre-training come too late
+        vars(args).update({name: saved[name] for name in PRETRAINING if name != "pretrain_epochs"})
+    for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
+        if phase in state and epochs < state[phase]["epoch"]:
+            wrong.append(f"{state[phase]['epoch']} epochs of {phase}, not {epochs}")
+    if wrong:
+        raise UserError(f"--resume: {path} was made with {wrong[0]}")
+    for name, value in vars(args).items():
+        if value != saved[name] and name not in ("out", "root", "device", "resume", "no_compile"):
+            print(f"from here on: {name} {value}, not {saved[name]}")
     return state
 
 
@@ -443,8 +461,9 @@ def init_distributed(args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                             timeout=timedelta(hours=12))  # the others wait for a download
     rank, world_size = rank_and_world_size()
-    if args.batch_size < world_size:
-        raise UserError(f"--batch-size {args.batch_size}: fewer than {world_size} processes")
+    if args.batch_size < 3 * world_size:
+        raise UserError(f"--batch-size {args.batch_size}: fewer than 3 for each of {world_size} "
+                        "processes")
     if rank:
         sys.stdout = open(os.devnull, "w")
 
@@ -503,7 +522,8 @@ def parse_args(argv):
     add("--lr", type=learning_rate, help="peak learning rate")
     add = parser.add_argument_group("AdamW, in both").add_argument
     add("--weight-decay", type=in_range(float, 0), help="of matrices and kernels only")
-    add("--batch-size", type=in_range(int, 2), help="recordings per step, over all processes")
+    add("--batch-size", type=in_range(int, 3),  # 2 would leave a batch of 1: no batch norm
+        help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
@@ -540,4 +560,7 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: --resume continues a run that has begun, after its last whole epoch")
+        print("\nstopped: --resume continues a run that has begun, after its last whole epoch",
+              file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # ends a loop of the shell, too
