@@ -208,7 +208,7 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
     path.parent.mkdir(parents=True, exist_ok=True)
     measure = functools.partial(frames_and_facts, n_frames=n_frames, sensor_size=sensor, size=size,
                                 frames_by=frames_by)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part, wide = (path.with_suffix(f".{os.getpid()}.{name}.part") for name in ("uint8", "int16"))
     shape = (len(recordings), n_frames, 2, size, size)
     valid, facts, broken = [], [], []
     try:
@@ -219,18 +219,21 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
                 continue
             counts, fact = result
             if counts.itemsize > frames.itemsize:  # the first count past 255: all become int16
-                part.unlink()
-                # the deleted file can be read as long as narrow maps it
-                narrow, frames = frames, new_array(part, np.int16, shape)
+                narrow, frames = frames, new_array(wide, np.int16, shape)
                 frames[: len(valid)] = narrow[: len(valid)]
+                narrow = None  # Windows neither removes nor renames a file that is mapped
+                part.unlink()
+                part = wide
             frames[len(valid)] = counts  # rows behind the last valid recording stay unused
             valid.append(recording)
             facts.append(fact)
         warn_of_losses(facts, n_frames, size, sensor)
         # Only now do the files get their names: an interrupted run leaves nothing to train on.
+        frames = None
         os.replace(part, path)
         write_json(path.with_suffix(".json"), dict(recordings=valid, broken=broken))
     finally:
+        frames = None
         part.unlink(missing_ok=True)
 
 
@@ -326,7 +329,9 @@ def map_recordings(measure, recordings, read):
         for recording, (result, error) in zip(recordings, bar):
             yield recording, result, error
     except BrokenProcessPool:
-        raise UserError("a process that reads recordings was killed, perhaps for lack of memory")
+        raise UserError("a process that reads recordings was killed, perhaps for lack of memory, "
+                        "or did not start, because your script calls data.load outside of "
+                        "if __name__ == '__main__':")
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -132,7 +132,7 @@ def spike_stats(model, batches):
         analog = not layers or bool((x != x.round()).any())
         layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
         layer["macs"] += macs
-        layer["operations"] += macs * x.mean(dtype=torch.float64).item()
+        layer["operations"] += macs * x.mean(dtype=torch.float32).item()
         layer["analog"] |= analog
 
     def on_product(module, inputs, out):
@@ -554,7 +554,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
     try:
         main()
     except (UserError, OSError) as e:

@@ -115,7 +115,6 @@ class ProjectionHead(nn.Module):
         return self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # [T, B, dim]
 
 
-@torch.compiler.disable  # communication stays outside of compiled graphs
 def all_gather_keys(k):
     """Gather the keys [B, ...] of all processes, in the order of the whole batch."""
     # data.batches gives process r the rows r, r + world_size, ..., hence the stack along axis 1.

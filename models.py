@@ -14,6 +14,7 @@ differs: it pools after the LIF, scales by 1/4 and keeps PyTorch's initial weigh
 Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space.
 Tests: python -m pytest test_all.py -k models
 """
+import argparse
 import os
 import re
 
@@ -198,11 +199,11 @@ def autocast(device):
 
 
 def device(name):
-    """Return the name of a device that PyTorch can compute on. Raises ValueError for any other."""
+    """Return the name of a device that PyTorch can compute on: a type for argparse."""
     try:
         torch.ones(1, device=name).item()
     except Exception as e:
-        raise ValueError(f"PyTorch has no device {name} here") from e
+        raise argparse.ArgumentTypeError(f"PyTorch cannot compute on {name} here ({e})")
     return name
 
 

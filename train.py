@@ -280,7 +280,7 @@ def wrap_model(model, args):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces its layers in place
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if on_gpu and not args.no_compile:
-        print("the first steps compile the network: minutes (--no-compile: never)")
+        print("the first steps compile the network: minutes; if that fails, pass --no-compile")
         return torch.compile(model, dynamic=False)  # batches have two sizes at most
     return model
 
@@ -384,7 +384,7 @@ def make_run_dir(args, classes):
                             "log.csv to continue that run")
         elif args.resume:
             print(f"{out}: no run to continue, a new one starts")
-        found[0] = str(out)
+        found[0] = out.as_posix()
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # the other processes may not see this disk
     args.out, state = found
@@ -554,7 +554,8 @@ def check_args(args, parser):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
     try:
         main()
     except (UserError, OSError) as e:
