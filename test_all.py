@@ -70,8 +70,7 @@ def no_compiler(monkeypatch):
 def slow_lif(x, tau=2.0, v_threshold=1.0, v_reset=0.0, alpha=2.0):
     """Compute spikes from currents, x [T, ...] -> [T, ...], one step after the other.
 
-    Autograd differentiates it, so each constant can also be a parameter to learn: a number, or a
-    tensor with one value for each neuron. The membrane is float32 or wider.
+    Autograd differentiates it, also by a constant. The membrane is float32 or wider.
     """
     v = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32)) + v_reset
     spikes = []
@@ -116,16 +115,6 @@ def test_lif_equals_the_slow_one_in_any_layout_without_state(constants, dtype, s
     assert s.dtype == dtype and s.stride() == x.stride() and torch.equal(s, slow_s)
     torch.testing.assert_close(grad_x, slow_grad_x)
     assert torch.equal(lif(x), s) and not lif.state_dict()
-
-
-def test_lif_slow_one_can_learn_its_constants():
-    """Check one step, s = step(x / tau - v_threshold), by hand, near the threshold and far."""
-    x = torch.tensor([[-6.0, 0.0, 1.998, 2.0, 3.0, 8.0]])
-    tau, v_threshold = torch.full((6,), 2.0).requires_grad_(), torch.ones(6).requires_grad_()
-    slow_lif(x, tau, v_threshold).sum().backward()
-    surrogate = 1 / (1 + (math.pi * (x[0] / 2 - 1)) ** 2)
-    torch.testing.assert_close(tau.grad, surrogate * -x[0] / 4)  # dh/dtau = -x / tau^2
-    torch.testing.assert_close(v_threshold.grad, -surrogate)
 
 
 def test_lif_of_the_docs_learns_tau():
@@ -427,37 +416,6 @@ def test_models_attention_is_the_published_product():
     assert torch.equal(net(spikes), expected.reshape(2, 1, 32, 2, 3))
 
 
-def test_models_refuse_unknown_names_and_widths_that_hang():
-    unknown = "resnet spikformer-2 spikformer-0-64 spikformer-2-100 sew-resnet-18-0 sew-resnet-34"
-    for arch in unknown.split():
-        with pytest.raises(ValueError, match=f"no backbone is called '{arch}'"):
-            models.build(arch, 128)
-    for arch in "sew-resnet-18-4", "sew-resnet-18-12":
-        with pytest.raises(ValueError, match=f"{arch}: .* multiple of 8.* hangs"):
-            models.build(arch, 128)
-
-
-def test_models_predict_keeps_the_order_of_recordings():
-    net = torch.nn.Sequential(Linear(), torch.nn.Dropout())  # which is off in evaluation mode
-    x = torch.rand(4, 7, 2, 3, 3)
-    outputs = models.predict(net, [(batch, None) for batch in x.split(3, dim=1)])
-    assert outputs.shape == (4, 7, 3) and not outputs.requires_grad and not net.training
-    torch.testing.assert_close(outputs, net[0](x).detach())
-
-
-def test_models_load_model_rebuilds_what_was_saved(tmp_path):
-    encoder, x = models.build("spikformer-1-16", 16), torch.rand(2, 2, 2, 16, 16)
-    for kind, net in ("pretrained", encoder), ("finetuned", models.Classifier(encoder, 3)):
-        net.train()(x)  # moves the statistics of batch norm
-        saved = dict(kind=kind, args=dict(arch="spikformer-1-16", image_size=16, split_events=True),
-                     classes=["a", "b", "c"], weights=net.state_dict())
-        torch.save(saved, tmp_path / "net.pt")
-        loaded, checkpoint = models.load_model(tmp_path / "net.pt")
-        assert checkpoint["args"] == saved["args"] and checkpoint["classes"] == saved["classes"]
-        assert type(loaded) is type(net) and not loaded.training
-        assert torch.equal(loaded(x), net.eval()(x))
-
-
 def test_models_load_model_refuses_other_files_and_runs_no_code(tmp_path):
     class Attack:
         __reduce__ = lambda self: (os.mkdir, (str(folder),))
@@ -473,10 +431,6 @@ def test_models_load_model_refuses_other_files_and_runs_no_code(tmp_path):
         message = str(error.value)
         assert message.startswith(f"{path}: not a checkpoint of this train.py (")
         assert "\n" not in message and not folder.exists()
-    pickle.loads(pickle.dumps(Attack()))
-    assert folder.exists()  # so the attack is a real one
-    with pytest.raises(OSError, match="missing.pt"):
-        models.load_model(tmp_path / "missing.pt")
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -534,18 +488,13 @@ WRITERS = {".bin": write_bin, ".npy": np.save, ".npz": write_npz, ".aedat4": wri
 @pytest.mark.parametrize("sensor, size", [((12, 9), 4), ((12, 9), 12), ((640, 480), 128)])
 def test_data_frames_equal_a_slow_loop_and_lose_no_event(n, sensor, size):
     events = recording(n, *sensor)
-    signed = events.astype([("x", int), ("y", int), ("t", np.uint64), ("p", np.int8)])
-    signed["p"][~events["p"]] = -1  # some cameras call it so
-    for given in (events, events[np.random.default_rng(1).permutation(n)], signed):
+    for given in events, events[np.random.default_rng(1).permutation(n)]:
         frames = data.to_frames(given, 4, sensor, size)
         assert frames.dtype == np.uint8 and frames.sum(dtype=int) == n
         assert np.array_equal(frames, slow_frames(events, 4, sensor, size))
 
 
-def test_data_frames_count_past_255_and_to_32767():
-    frames = data.to_frames(recording(5000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
-    assert frames.dtype == np.int16 and frames[..., 0, 0].sum() == frames.sum(dtype=int) == 5000
-    assert frames.max() > 255
+def test_data_frames_count_to_32767():
     frames = data.to_frames(recording(300_000, 1, 1), 4, (12, 9), 12)  # all events in one pixel
     assert frames.dtype == np.int16 and (frames[..., 0, 0] == 32767).all()
     assert frames.sum(dtype=int) == 8 * 32767
@@ -730,49 +679,30 @@ def read_inverted(path, columns=None):
     return events
 
 
-def test_data_other_settings_reader_or_to_frames_make_frames_anew(tmp_path, monkeypatch):
+def test_data_other_settings_or_functions_make_frames_anew(tmp_path, monkeypatch):
     make_folder(tmp_path)
     before, keys = load_folder(tmp_path)[0].frames, []
-
-    def add_key():
-        keys.append(data.cache_key([("test", "a", "1.npy")], data.read_file, {}))
-    add_key()
     assert load_folder(tmp_path, 3, 8)[0].frames.shape[1:] == (3, 2, 8, 8)
-    for place, name in ((data.READERS, ".npy"), (vars(data), "read_file")):
-        monkeypatch.setitem(place, name, read_inverted)
-        add_key()
-    assert len(set(keys)) == 3 and (load_folder(tmp_path)[0].frames == before[:, :, ::-1]).all()
-    monkeypatch.setitem(data.READERS, ".npy", functools.partial(read_inverted, columns="xytp"))
-    add_key()
-    monkeypatch.setitem(data.READERS, ".bin", read_inverted)  # which no recording needs
-    add_key()
-    monkeypatch.setattr(data, "validate_events", read_inverted)
-    add_key()
-    assert len(set(keys)) == 5 and keys[3] == keys[4]
-    monkeypatch.undo()
-    files = len(cached(tmp_path))
-    monkeypatch.setattr(data, "to_frames", slow_frames)
-    load_folder(tmp_path)
-    assert len(cached(tmp_path)) == files + 3
+    monkeypatch.setitem(data.READERS, ".npy", read_inverted)
+    assert (load_folder(tmp_path)[0].frames == before[:, :, ::-1]).all()
+    for functions, name, function in [
+            (data.READERS, ".npy", functools.partial(read_inverted, columns="xytp")),
+            (data.READERS, ".npy", read_inverted), (vars(data), "read_file", read_inverted),
+            (vars(data), "validate_events", read_inverted), (vars(data), "to_frames", slow_frames),
+            (data.READERS, ".bin", read_inverted)]:  # which no recording needs
+        monkeypatch.setitem(functions, name, function)
+        keys.append(data.cache_key([("test", "a", "1.npy")], data.read_file, {}))
+    assert len(set(keys)) == 5 and keys[4] == keys[5]
 
 
-def test_data_folder_says_what_it_passes_over(tmp_path, capsys):
+def test_data_folder_names_classes_that_are_not_in_both_parts(tmp_path, capsys):
     own = tmp_path / "My.Data"
     for name in ("Train/a/1.npy", "Train/b/1.npy", "Test/a/1.npy", "Test/c/1.npy"):
         write(own / name, recording(60))
-    for name in ("Train/a/1.h5", "Test/c/1.h5"):
-        (own / name).touch()
     load_folder(tmp_path)
-    left_out, warning, sensor = capsys.readouterr().out.splitlines()
-    assert left_out == f"{own}: left out: 2 .h5"
+    warning, sensor = capsys.readouterr().out.splitlines()
     assert warning == f"warning: {own}: not both to train and to test on: class b, c"
     assert sensor.startswith("sensor: 12 x 9 pixels")
-    for path in own.glob("Test/*/1.npy"):
-        path.unlink()
-    for folder, error in ((own, "recordings to test on"), (tmp_path, "no recordings: expected"),
-                          (tmp_path / "none", "neither a folder nor one of toy, cifar10dvs")):
-        with pytest.raises(data.UserError, match=error):
-            data.load(folder, tmp_path / "root", 2)
 
 
 def load_beside(barrier, tmp_path):
@@ -782,15 +712,14 @@ def load_beside(barrier, tmp_path):
     def wait_and_infer(*args):
         barrier.wait(60)
         return infer(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "infer_sensor_size", wait_and_infer)
+    with mock.patch.object(data, "infer_sensor_size", wait_and_infer):
         return load_folder(tmp_path)
 
 
-def test_data_frames_are_complete_or_absent(tmp_path, monkeypatch):
+def test_data_frames_are_complete_or_absent(tmp_path):
     made = make_folder(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(data, "write_json", lambda *_: 1 / 0)  # stops once the frames have a name
+    stop = mock.patch.object(data, "write_json", side_effect=KeyboardInterrupt)
+    with stop, pytest.raises(KeyboardInterrupt):  # once the frames have a name
         load_folder(tmp_path, sensor=(12, 9))
     assert [path.suffix for path in tmp_path.glob("root/frames/*")] == [".npy"]
     barrier = multiprocessing.Barrier(2)
@@ -813,7 +742,7 @@ def with_field(name, values):
 
 BROKEN = {  # file -> (content, what is said about it)
     "cut.bin": (bytes(5 * 20 + 3), "truncated"), "cut.npy": (b"\x93NUMPY", "ValueError"),
-    "text.npy": (b"x y t p", "pickle"), "text.aedat4": (b"x y t p", "Error"),
+    "text.npy": (b"x y t p", "pickle"), "old.aedat4": (b"#!AER-DAT2.0\r\n", "AER-DAT2.0"),
     "pickled.npy": (np.array([{}], object), "pickle"), "none.npy": (recording(0), "no event"),
     "plain.npy": (np.zeros((9, 4)), "--columns xytp"),
     "fields.npy": (recording(60)[["x", "y", "t"]], "fields x, y, t, p"),
@@ -822,7 +751,8 @@ BROKEN = {  # file -> (content, what is said about it)
     "polarity.npy": (with_field("p", np.arange(60) % 3), "more than two polarities"),
     "backwards.npy": (with_field("t", np.arange(60)[::-1]), "backwards, by 59 of 59"),
     "reset.npy": (with_field("t", np.r_[:30, :30]), "backwards, by 29 of 29"),
-    **{f"~{i}.bin": (b"", "no event") for i in range(10)}}  # behind the others
+    "nan.npy": (with_field("t", np.r_[:59, np.nan]), "backwards, by nan of nan"),
+    **{f"~{i}.bin": (b"", "no event") for i in range(9)}}  # behind the others
 
 
 def test_data_broken_recordings_are_listed_and_skipped(tmp_path, capsys):
@@ -968,7 +898,7 @@ def test_eval_wilson_equals_the_published_intervals(correct, n, low, high):
 
 def test_eval_accuracy_equals_loops():
     (T, N, C), names = (3, 60, 12), [f"class {c}" for c in range(12)]
-    logits, labels = torch.randn(T, N, C), torch.randint(C, (N,))
+    logits, labels = torch.randn(T, N, C), torch.randint(C - 1, (N,))  # the last class has none
     more = torch.tensor([0.5, 1.5, 3.0])[:, None]  # later steps know more
     logits[torch.arange(T)[:, None], torch.arange(N), labels] += more
     results, correct = evaluation.accuracy_metrics(logits, labels, names), [0] * T
@@ -980,12 +910,12 @@ def test_eval_accuracy_equals_loops():
             correct[t] += order[0] == label
         confusion[label, order[0]] += 1
         top5 += label in order[:5]
-    assert correct[0] < correct[2] < top5 and results["accuracy"] == 100 * correct[2] / N
+    assert correct[0] < correct[2] < top5 and results["top5"] == 100 * top5 / N
     assert results["steps"] == [evaluation.wilson_interval(n, N) for n in correct]
-    assert results["interval"] == results["steps"][2][1:] and results["top5"] == 100 * top5 / N
+    assert [results["accuracy"], *results["interval"]] == results["steps"][2]
     assert results["confusion"] == confusion.tolist()
-    by_class = 100 * confusion.diagonal() / confusion.sum(1).clip(min=1)
-    assert results["by_class"] == pytest.approx(by_class.tolist())
+    by_class = [100 * row[c] / row.sum() if row.any() else None for c, row in enumerate(confusion)]
+    assert results["by_class"] == by_class and by_class[-1] is None
     errors = [[confusion[i, j], names[i], names[j]] for i in range(C) for j in range(C) if i != j]
     assert results["worst"] == sorted(errors, reverse=True)[:5]
 
@@ -1158,6 +1088,7 @@ def test_eval_on_other_classes_and_in_another_order(whole, shapes, tmp_path):
     (warning,) = run_eval(whole / "finetuned.pt", "--sensor", "64", "48")[1]
     assert not warnings and "sensor" in warning and "[64, 48]" in warning
     net, checkpoint = models.load_model(whole / "finetuned.pt")
+    assert not net.training
     splits = data.load(shapes, shapes.parent / "root", 2, 16)
     z, z_test = (models.predict(net.encoder, data.batches(split, 6)).mean(0) for split in splits)
     y, y_test = (torch.tensor(split.labels) for split in splits)
@@ -1172,15 +1103,6 @@ def test_eval_on_other_classes_and_in_another_order(whole, shapes, tmp_path):
     lines, _ = run_eval(tmp_path / "f.pt")
     assert "no accuracy: the checkpoint has other classes, b, c, z" in lines
     assert lines[-1] == own[-2]  # kNN and probe do not mind the names
-
-
-def test_eval_warns_of_training_recordings_in_the_test(shapes, tmp_path):
-    grow, out = shutil.copytree(shapes / "Train", tmp_path / "grow"), tmp_path / "run"
-    run_tiny(grow, out, "--pretrain-epochs", "0")
-    assert not (out / "pretrained.pt").exists() and not run_eval(out / "finetuned.pt")[1]
-    shutil.copy(grow / "a" / "19.npy", grow / "a" / "20.npy")
-    (warning,) = run_eval(out / "finetuned.pt")[1]
-    assert "holds other recordings than when" in warning and "may be tested on now" in warning
 
 
 def test_train_and_eval_on_recordings_of_one_class(shapes, tmp_path):
@@ -1326,10 +1248,6 @@ def test_train_rate_is_the_share_of_spikes():
             m.register_forward_hook(lambda m, i, out: spikes.append(out.flatten()))
     encoder(x)
     assert len(spikes) == 10 and 0.01 < rate == pytest.approx(torch.cat(spikes).mean().item())
-    for m in encoder.modules():
-        if isinstance(m, models.ConvLIF):
-            torch.nn.init.constant_(m.bn.bias, -1e3)
-    assert train.firing_rate(encoder, x) == 0
 
 
 @pytest.mark.parametrize("moment", range(1, 7))
@@ -1415,32 +1333,25 @@ def test_train_init_takes_the_encoder_of_either_kind(shapes, whole, tmp_path):
     assert equal(encoder.state_dict(), models.load_model(ckpt)[0].encoder.state_dict())
 
 
-def test_train_stops_at_a_loss_that_is_not_finite(shapes, whole, tmp_path, monkeypatch):
+def test_train_stops_at_a_loss_that_is_not_finite(shapes, tmp_path, monkeypatch):
     train_one_epoch, epochs = train.train_one_epoch, []
 
     def broken(*args):
         epochs.append(train_one_epoch(*args))
         return (math.nan, 0.0) if len(epochs) == 4 else epochs[-1]
     says = "finetune 2/2: the loss is nan: take a lower learning rate"
-    with monkeypatch.context() as m, pytest.raises(data.UserError, match=says):
-        m.setattr(train, "train_one_epoch", broken)
+    monkeypatch.setattr(train, "train_one_epoch", broken)
+    with pytest.raises(data.UserError, match=says):
         run_tiny(shapes, tmp_path / "a")
     assert torch.load(tmp_path / "a" / "state.pt")["finetune"]["epoch"] == 1
-    run_tiny(shapes, tmp_path / "a", "--resume")
-    assert same_run(whole, tmp_path / "a")
 
 
 def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, name in [([], "shapes"), ([], "shapes-2"), (["--resume"], "shapes-2"),
-                        ([], "shapes-3"), (["--resume"], "shapes-3")]:
-        args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags])
-        printed(train.make_run_dir, args, ["a", "b", "c"])
-        assert args.out == f"runs/{name}" and (Path(args.out) / "log.csv").exists()
-    shutil.rmtree("runs/shapes-2")  # numbers go on after the last that is there
-    for flags, out in [
-            (["--resume"], "runs/shapes-3"), ([], "runs/shapes-4"), (["--out", "."], ".")]:
-        args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags])
+    for flags, out in [("", "runs/shapes"), ("", "runs/shapes-2"), ("--resume", "runs/shapes-2"),
+                       ("--out runs/shapes-4", "runs/shapes-4"), ("--resume", "runs/shapes-4"),
+                       ("", "runs/shapes-5"), ("--out .", ".")]:  # a gap is not filled
+        args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags.split()])
         printed(train.make_run_dir, args, ["a", "b", "c"])
         assert args.out == out and Path(out, "log.csv").exists()
 
@@ -1526,10 +1437,13 @@ def error_of(script, *argv):
     "--image-size 0", "--batch-size 2", "--labels-per-class -1", "--sensor 0 9", "--dataset",
     "--seed 99999999999999999999", "--device gpu", "--device cuda:99", "--pretrain-epoch 3",
     "--beta 0 --alpha 0 -> --beta 0", "--epochs 0 --pretrain-epochs 0 -> nothing to do",
-    "--dataset no/such -> no/such: neither a folder nor one of toy", "--dataset FOLDER -> folder",
-    "--arch resnet-50 -> 'resnet-50'", "--arch sew-resnet-18-4 -> multiple of 8",
-    "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
-    "--init FOLDER -> folder", "--init CKPT --pretrain-on OTHER -> --pretrain-on",
+    "--dataset no/such -> no/such: neither a folder nor one of toy",
+    "--dataset FOLDER -> folder: no recordings",
+    "--arch sew-resnet-34 -> 'sew-resnet-34'", "--arch spikformer-2 -> 'spikformer-2'",
+    "--arch spikformer-0-64 -> 'spikformer-0-64'", "--arch spikformer-2-100 -> 'spikformer-2-100'",
+    "--arch sew-resnet-18-12 -> a multiple of 8: on some CPUs, PyTorch hangs",
+    "--init no/such.pt -> no/such.pt", "--init EVIL -> evil: not", "--init FOLDER -> folder",
+    "--init CKPT --pretrain-on OTHER -> --pretrain-on",
     "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
@@ -1543,9 +1457,9 @@ def error_of(script, *argv):
     "--resume --out LOST -> holds finetuned.pt, but not both",
     "--dataset SPLIT -> need a folder for each class",
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
-    "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
-    "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
-    "--ckpt CKPT --device gpu -> --device", "--ckpt CKPT --device cuda:99 -> --device",
+    "--resume --out WHOLE --dataset TESTS -> recordings of other names",
+    "--ckpt no/such.pt -> no/such.pt", "--ckpt EVIL -> evil: not", "--ckpt HALF -> half: not",
+    "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict", "--ckpt CKPT --device gpu -> gpu",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures",
     "--ckpt CKPT --predict FOLDER -> no recordings",
@@ -1557,11 +1471,9 @@ def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, 
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    for name in "az":
-        shutil.copytree(shapes / "Test" / "a", tmp_path / "other" / name)
-    for name in "train", "test":
-        shutil.copytree(shapes / "Test" / "a", tmp_path / "split" / name)
-    places = dict(CKPT=whole / "finetuned.pt", WHOLE=whole)
+    for folder in "other/a", "other/z", "split/train", "split/test":
+        shutil.copytree(shapes / "Test" / "a", tmp_path / folder)
+    places = dict(CKPT=whole / "finetuned.pt", WHOLE=whole, TESTS=shapes / "Test")
     flags, _, says = flags.partition(" -> ")
     flags = [re.sub("[A-Z]{4,}", lambda m: str(places.get(m[0], tmp_path / m[0].lower())), flag)
              for flag in flags.split()]
@@ -1669,8 +1581,6 @@ def test_own_counts_past_255_and_thin_or_small_recordings(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 recordings have fewer events than the 4 frames" in out
     assert "larger than the sensor, 12 x 9: 20 of 32 columns stay empty" in out
-    data.load(own, tmp_path / "root", 4, 32, sensor=(12, 9))
-    assert not capsys.readouterr().out  # said once, when frames are made
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-1, 1), (1, 2), (0, 255)])
@@ -1688,18 +1598,12 @@ def test_own_polarity_is_off_for_the_smaller_value(tmp_path, capsys, low, high):
     write(own / "a" / "1.npy", coded)
     data.load(own, tmp_path / "root", 2)
     assert ("1 recordings have one polarity only" in capsys.readouterr().out) == (low > 0)
-    coded["polarity"][:2] = 7, 9
-    write(own / "a" / "0.npy", coded)
-    with pytest.raises(data.UserError, match="more than two polarities"):
-        data.load(own, tmp_path / "root", 2)
 
 
 def test_own_plain_arrays_need_their_columns(tmp_path):
     events = recording(60)
     for name in many("a", "b", n=2):
         write(tmp_path / "own" / name, np.stack([events[f] for f in "typx"], 1))
-    with pytest.raises(data.UserError, match="--columns xytp"):
-        data.load(tmp_path / "own", tmp_path / "root", 2)
     frames = data.load(tmp_path / "own", tmp_path / "root", 2, columns="typx")[0].frames
     assert np.array_equal(frames[0], slow_frames(events, 2, (12, 9), 12))
 
@@ -1716,48 +1620,41 @@ def test_own_aedat4_names_its_sensor_and_is_checked(tmp_path, capsys):
     writer = dv.io.MonoCameraWriter(str(tmp_path / "own" / "a" / "8.aedat4"), config)
     writer.writeFrame(dv.Frame(1000, np.zeros((48, 64), np.uint8)))
     del writer
-    (tmp_path / "own" / "a" / "9.aedat4").write_bytes(b"#!AER-DAT2.0\r\n" + bytes(99))
-    with pytest.raises(data.UserError, match="(?s)no events in the AEDAT.*AER-DAT2.0"):
+    with pytest.raises(data.UserError, match="no events in the AEDAT"):
         data.load(tmp_path / "own", tmp_path / "root", 2)
 
 
 def test_own_new_recordings_are_all_tested(whole, shapes, tmp_path):
     """A folder given to a classifier is a test set, with Test and Train or without."""
-    for c in "abc":
-        shutil.copytree(shapes / "Test" / c, tmp_path / "new" / c)
-        shutil.copytree(shapes / "Test" / c, tmp_path / "only" / "Test" / c)
-    ckpt = whole / "finetuned.pt"
-    own = run_eval(ckpt)[0][-1]
-    for name in ("new", "only"):
-        lines, _ = run_eval(ckpt, "--dataset", tmp_path / name, "--sensor", 32, 32)
+    shutil.copytree(shapes / "Test", tmp_path / "only" / "Test")
+    own = run_eval(whole / "finetuned.pt")[0][-1]
+    for folder in shapes / "Test", tmp_path / "only":
+        lines, _ = run_eval(whole / "finetuned.pt", "--dataset", folder, "--sensor", 32, 32)
         assert lines[-1] == own and "12 recordings" in own
 
 
-def test_own_class_without_test_recordings_has_no_accuracy():
-    logits, labels = torch.eye(3)[None, [0, 0, 2]], torch.tensor([0, 0, 0])  # [T, N, C], [N]
-    results = evaluation.accuracy_metrics(logits, labels, ["a", "b", "c"])
-    assert results["by_class"] == [pytest.approx(200 / 3), None, None]
-
-
-def test_own_results_of_others_stand_if_one_fails(whole, tmp_path, capsys):
+def test_own_results_of_others_stand_if_one_fails(whole, tmp_path):
     good = whole / "finetuned.pt"
     with pytest.raises(data.UserError, match="none.pt"):
         run_eval(good, tmp_path / "none.pt", good, "--json", tmp_path / "f.json")
     assert len(json.loads((tmp_path / "f.json").read_text())["runs"]) == 2
 
 
-def test_own_folder_at_another_place_has_the_same_test(tmp_path):
+def test_own_folder_at_another_place_has_the_same_test_until_it_grows(tmp_path):
     for c, i in itertools.product("ab", range(10)):
         write(tmp_path / "own" / c / f"{i}.npy", recording(60, seed=10 * ord(c) + i))
-    last = run_tiny(tmp_path / "own", tmp_path / "run")[-1]
-    (tmp_path / "own").rename(tmp_path / "moved")
-    lines, (warning,) = run_eval(
-        tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
+    ckpt = tmp_path / "run" / "finetuned.pt"
+    last = run_tiny(tmp_path / "own", ckpt.parent, "--pretrain-epochs", "0")[-1]
+    assert not (ckpt.parent / "pretrained.pt").exists()
+    moved = shutil.copytree(tmp_path / "own", tmp_path / "moved")
+    lines, (warning,) = run_eval(ckpt, "--dataset", moved)
     assert lines[-1] == last and "2 recordings" in last
     assert "has the names of the training folder" in warning
-    (tmp_path / "moved" / "a" / "new.npy").symlink_to(tmp_path / "moved" / "a" / "0.npy")
-    lines, _ = run_eval(tmp_path / "run" / "finetuned.pt", "--dataset", tmp_path / "moved")
-    assert "21 recordings" in lines[-1]
+    for folder in tmp_path / "own", moved:
+        shutil.copy(folder / "a" / "9.npy", folder / "a" / "10.npy")
+    assert "21 recordings" in run_eval(ckpt, "--dataset", moved)[0][-1]
+    (warning,) = run_eval(ckpt)[1]
+    assert "holds other recordings than when" in warning and "may be tested on now" in warning
 
 
 def test_own_times_and_arrays_that_cannot_be_used_are_named(tmp_path):
@@ -1766,10 +1663,6 @@ def test_own_times_and_arrays_that_cannot_be_used_are_named(tmp_path):
     assert data.to_frames(events, 4, (12, 9), 12).sum() == 60
     with pytest.raises(ValueError, match="lasts 1 units of time, too few for 4 frames"):
         data.to_frames(events, 4, (12, 9), 12, "time")
-    t = np.linspace(0, 1, 60)
-    t[7] = np.nan
-    with pytest.raises(ValueError, match="time runs backwards"):
-        data.validate_events(np.rec.fromarrays([t, t, t, t > 0.5], names="x,y,t,p"))
     arrays = {field: events[field] for field in "xyp"}
     np.savez(tmp_path / "a.npz", timestamps=events["t"], meta=np.array({}), **arrays)
     assert (data.read_file(str(tmp_path / "a.npz"))["t"] == events["t"]).all()
@@ -1845,14 +1738,6 @@ def test_own_flat_folder_pretrains_and_another_folder_is_fine_tuned(shapes, tmp_
     assert any("pre-trained at 32 pixels, this run has 16" in line for line in lines)
     args = torch.load(tmp_path / "other" / "finetuned.pt")["args"]
     assert (args["pretrain_size"], args["image_size"]) == (32, 16)
-
-
-def test_own_resume_with_other_recordings_stops(shapes, tmp_path):
-    shutil.copytree(shapes, tmp_path / "own")
-    run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0")
-    (tmp_path / "own" / "Train" / "a" / "0.npy").rename(tmp_path / "own" / "Test" / "a" / "new.npy")
-    with pytest.raises(data.UserError, match="was made with recordings of other names"):
-        run_tiny(tmp_path / "own", tmp_path / "run", "--pretrain-epochs", "0", "--resume")
 
 
 def test_own_scripts_of_the_docs_convert(tmp_path, monkeypatch):
