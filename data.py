@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # Defaults per data set: --dataset selects a row, any flag overrides one value (views have none).
-# Sources: [S] Spikformer's published schedule for CIFAR10-DVS, [N] NDA (Li et al. 2022, the best
-# policies for contrast and for labels), [E] github.com/myuansun/EventRPG, issue 1,
-# [A] github.com/StephenTaylor1998/amazing-cls; the rest is our choice.
+# Sources: [S] Spikformer's published schedule for CIFAR10-DVS, less mixup and label smoothing,
+# [N] NDA (Li et al. 2022, the best policies for contrast and for labels),
+# [E] github.com/myuansun/EventRPG, issue 1, [A] github.com/StephenTaylor1998/amazing-cls; the rest
+# is our choice.
 # A queue stays well below the number of recordings, or positives return as negatives.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]

@@ -328,7 +328,8 @@ def print_report(results):
         rate = f"{row['rate']:9.2f} {row['silent']:9.2f}" if "rate" in row else " " * 19
         print(f"{row['layer']:18} {rate} {row['macs']:14,.0f} {row['operations']:14,.0f} "
               f"{row['energy']:11.4f}")
-    print(f"the same network without spikes: {results['energy_dense']:.4f} uJ\n{ENERGY_NOTE}")
+    print(f"the same network without spikes: {results['energy_dense']:.4f} uJ, in T passes too")
+    print(ENERGY_NOTE)
     print("{parameters:,} parameters; alignment {alignment:.3f}, uniformity {uniformity:.3f}"
           .format(**results))
     if "knn" in results:

@@ -9,8 +9,9 @@ One step on two views of a batch of recordings, as `forward` computes it:
     queue <- k; the oldest keys leave                              first in, first out
 
 encoder_q and encoder_k are each an encoder and a projection head. After pre-training, only the
-encoder of encoder_q is kept. MoCo's shuffling for batch norm is left out; its effect has not been
-measured. Shapes: views [T, B, 2, H, W] -> loss, a scalar.
+encoder of encoder_q is kept. MoCo's shuffling for batch norm is left out, so a query and its key
+share the statistics of a batch; docs/experiments.md measures what that hides.
+Shapes: views [T, B, 2, H, W] -> loss, a scalar.
 Tests: python -m pytest test_all.py -k moco
 """
 import copy
