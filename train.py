@@ -563,5 +563,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nstopped: --resume continues a run that has begun, after its last whole epoch",
               file=sys.stderr)
+        sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # ends a loop of the shell, too
