@@ -522,8 +522,8 @@ def parse_args(argv):
     add("--lr", type=learning_rate, help="peak learning rate")
     add = parser.add_argument_group("AdamW, in both").add_argument
     add("--weight-decay", type=in_range(float, 0), help="of matrices and kernels only")
-    add("--batch-size", type=in_range(int, 3),  # 2 would leave a batch of 1: no batch norm
-        help="recordings per step, over all processes")
+    # at least 3, because 2 may leave a batch of one recording, too few for batch norm
+    add("--batch-size", type=in_range(int, 3), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
@@ -531,13 +531,11 @@ def parse_args(argv):
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
-    args = parser.parse_args(argv)
-    check_args(args, parser)
-    return args
+    return check_args(parser.parse_args(argv), parser)
 
 
 def check_args(args, parser):
-    """Refuse combinations of flags that cannot work."""
+    """Return the flags, but refuse combinations that cannot work."""
     if args.columns and sorted(args.columns) != sorted("xytp"):
         parser.error(f"--columns {args.columns}: an order of x, y, t and p, as xytp")
     if args.alpha == args.beta == 0:
@@ -551,6 +549,7 @@ def check_args(args, parser):
             models.build(args.arch, 128)
     except ValueError as e:
         parser.error(f"--arch: {e}")
+    return args
 
 
 if __name__ == "__main__":
