@@ -117,6 +117,16 @@ def test_lif_equals_the_slow_one_in_any_layout_without_state(constants, dtype, s
     assert torch.equal(lif(x), s) and not lif.state_dict()
 
 
+def test_lif_slow_one_can_learn_its_constants():
+    """Check one step, s = step(x / tau - v_threshold), by hand, near the threshold and far."""
+    x = torch.tensor([[-6.0, 0.0, 1.998, 2.0, 3.0, 8.0]])
+    tau, v_threshold = torch.full((6,), 2.0).requires_grad_(), torch.ones(6).requires_grad_()
+    slow_lif(x, tau, v_threshold).sum().backward()
+    surrogate = 1 / (1 + (math.pi * (x[0] / 2 - 1)) ** 2)
+    torch.testing.assert_close(tau.grad, surrogate * -x[0] / 4)  # dh/dtau = -x / tau^2
+    torch.testing.assert_close(v_threshold.grad, -surrogate)
+
+
 def test_lif_of_the_docs_learns_tau():
     script = re.search("```python\n(.*?)```", (HERE / "docs/experiments.md").read_text(), re.DOTALL)
     names = {}
@@ -431,6 +441,8 @@ def test_models_load_model_refuses_other_files_and_runs_no_code(tmp_path):
         message = str(error.value)
         assert message.startswith(f"{path}: not a checkpoint of this train.py (")
         assert "\n" not in message and not folder.exists()
+    pickle.loads(pickle.dumps(Attack()))
+    assert folder.exists()  # so the attack is a real one
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -488,7 +500,9 @@ WRITERS = {".bin": write_bin, ".npy": np.save, ".npz": write_npz, ".aedat4": wri
 @pytest.mark.parametrize("sensor, size", [((12, 9), 4), ((12, 9), 12), ((640, 480), 128)])
 def test_data_frames_equal_a_slow_loop_and_lose_no_event(n, sensor, size):
     events = recording(n, *sensor)
-    for given in events, events[np.random.default_rng(1).permutation(n)]:
+    signed = events.astype([("x", int), ("y", int), ("t", np.uint64), ("p", np.int8)])
+    signed["p"][~events["p"]] = -1  # some cameras call it so
+    for given in (events, events[np.random.default_rng(1).permutation(n)], signed):
         frames = data.to_frames(given, 4, sensor, size)
         assert frames.dtype == np.uint8 and frames.sum(dtype=int) == n
         assert np.array_equal(frames, slow_frames(events, 4, sensor, size))
@@ -1248,6 +1262,10 @@ def test_train_rate_is_the_share_of_spikes():
             m.register_forward_hook(lambda m, i, out: spikes.append(out.flatten()))
     encoder(x)
     assert len(spikes) == 10 and 0.01 < rate == pytest.approx(torch.cat(spikes).mean().item())
+    for m in encoder.modules():
+        if isinstance(m, models.ConvLIF):
+            torch.nn.init.constant_(m.bn.bias, -1e3)
+    assert train.firing_rate(encoder, x) == 0
 
 
 @pytest.mark.parametrize("moment", range(1, 7))
@@ -1333,17 +1351,19 @@ def test_train_init_takes_the_encoder_of_either_kind(shapes, whole, tmp_path):
     assert equal(encoder.state_dict(), models.load_model(ckpt)[0].encoder.state_dict())
 
 
-def test_train_stops_at_a_loss_that_is_not_finite(shapes, tmp_path, monkeypatch):
+def test_train_stops_at_a_loss_that_is_not_finite(shapes, whole, tmp_path, monkeypatch):
     train_one_epoch, epochs = train.train_one_epoch, []
 
     def broken(*args):
         epochs.append(train_one_epoch(*args))
         return (math.nan, 0.0) if len(epochs) == 4 else epochs[-1]
     says = "finetune 2/2: the loss is nan: take a lower learning rate"
-    monkeypatch.setattr(train, "train_one_epoch", broken)
-    with pytest.raises(data.UserError, match=says):
+    with monkeypatch.context() as m, pytest.raises(data.UserError, match=says):
+        m.setattr(train, "train_one_epoch", broken)
         run_tiny(shapes, tmp_path / "a")
     assert torch.load(tmp_path / "a" / "state.pt")["finetune"]["epoch"] == 1
+    run_tiny(shapes, tmp_path / "a", "--resume")
+    assert same_run(whole, tmp_path / "a")
 
 
 def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkeypatch):
@@ -1439,10 +1459,13 @@ def error_of(script, *argv):
     "--beta 0 --alpha 0 -> --beta 0", "--epochs 0 --pretrain-epochs 0 -> nothing to do",
     "--dataset no/such -> no/such: neither a folder nor one of toy",
     "--dataset FOLDER -> folder: no recordings",
-    "--arch sew-resnet-34 -> 'sew-resnet-34'", "--arch spikformer-2 -> 'spikformer-2'",
+    "--arch resnet-50 -> 'resnet-50'", "--arch sew-resnet-18-0 -> 'sew-resnet-18-0'",
+    "--arch sew-resnet-18-4 -> multiple of 8", "--arch sew-resnet-34 -> 'sew-resnet-34'",
+    "--arch spikformer-2 -> 'spikformer-2'",
     "--arch spikformer-0-64 -> 'spikformer-0-64'", "--arch spikformer-2-100 -> 'spikformer-2-100'",
     "--arch sew-resnet-18-12 -> a multiple of 8: on some CPUs, PyTorch hangs",
-    "--init no/such.pt -> no/such.pt", "--init EVIL -> evil: not", "--init FOLDER -> folder",
+    "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
+    "--init FOLDER -> folder",
     "--init CKPT --pretrain-on OTHER -> --pretrain-on",
     "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
@@ -1458,8 +1481,9 @@ def error_of(script, *argv):
     "--dataset SPLIT -> need a folder for each class",
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
     "--resume --out WHOLE --dataset TESTS -> recordings of other names",
-    "--ckpt no/such.pt -> no/such.pt", "--ckpt EVIL -> evil: not", "--ckpt HALF -> half: not",
-    "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict", "--ckpt CKPT --device gpu -> gpu",
+    "--ckpt no/such.pt -> no/such.pt", "--ckpt EMPTY -> empty: not", "--ckpt EVIL -> evil: not",
+    "--ckpt HALF -> half: not", "--ckpt FOLDER -> folder", "--ckpt CKPT --pict p -> --pict",
+    "--ckpt CKPT --device gpu -> --device", "--ckpt CKPT --device cuda:99 -> --device",
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures",
     "--ckpt CKPT --predict FOLDER -> no recordings",
@@ -1581,6 +1605,8 @@ def test_own_counts_past_255_and_thin_or_small_recordings(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 recordings have fewer events than the 4 frames" in out
     assert "larger than the sensor, 12 x 9: 20 of 32 columns stay empty" in out
+    data.load(own, tmp_path / "root", 4, 32, sensor=(12, 9))
+    assert not capsys.readouterr().out  # said once, when frames are made
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-1, 1), (1, 2), (0, 255)])
