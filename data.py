@@ -139,10 +139,11 @@ def select(split, index):
     return split._replace(frames=split.frames[index], labels=split.labels[index], names=names)
 
 
-def fingerprint(names):
-    """Hash the names of a split's recordings, to tell later whether it is the same split."""
-    text = os.fsencode("\n".join(names))  # they need not be UTF-8
-    return hashlib.sha256(text).hexdigest()[:12]
+def fingerprint(train_names, test_names):
+    """Hash the names of the recordings in both splits, to tell later whether they are the same."""
+    texts = dict(train="\n".join(train_names), test="\n".join(test_names))
+    return {split: hashlib.sha256(os.fsencode(text)).hexdigest()[:12]  # need not be UTF-8
+            for split, text in texts.items()}
 
 
 def resolve(name):

@@ -251,15 +251,14 @@ def load_data(path, checkpoint, args):
         # It may be the folder of training at another place, or have classes that kNN and linear
         # probe have to learn.
         parts = data.split_by_class([(name.split("/")[0], name) for name in test.names])
-        split = {wanted: data.fingerprint([name for part, _, name in parts if part == wanted])
-                 for wanted in ("train", "test")}
+        split = data.fingerprint(*(
+            [name for part, _, name in parts if part == wanted] for wanted in ("train", "test")))
         if split == train_args["recordings"]:
             print(f"warning: {name} has the names of the training folder, so only its test "
                   "recordings are tested", file=sys.stderr)
         if split == train_args["recordings"] or not set(test.classes) <= set(classes):
             train, test = load()
-    recordings = dict(train=data.fingerprint(train.names), test=data.fingerprint(test.names))
-    if same and recordings != train_args["recordings"]:
+    if same and data.fingerprint(train.names, test.names) != train_args["recordings"]:
         print(f"warning: {name} holds other recordings than when {path} was trained: some of those "
               "may be tested on now", file=sys.stderr)
     if train_args["sensor"] != train.sensor:

@@ -312,8 +312,7 @@ def load_data(args):
     if len(train.classes) < 2 and args.epochs:
         raise UserError(f"{args.dataset}: a single class; --epochs 0 pre-trains only")
     args.sensor = train.sensor
-    args.recordings = dict(
-        train=data.fingerprint(train.names), test=data.fingerprint(test.names))
+    args.recordings = data.fingerprint(train.names, test.names)
     return train, test, unlabelled
 
 
