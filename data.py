@@ -407,7 +407,8 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
         x, y = frames.index_select(0, index), labels[index]  # integers [B, T, 2, H, W], [B]
         if torch.device(device).type == "cuda" and not x.is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # copied while the GPU is at work
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        pinned = x.is_pinned()  # memory that is not could be freed before it is copied
+        x, y = x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
         yield x.transpose(0, 1).contiguous().float(), y  # [T, B, 2, H, W], [B]
 
 

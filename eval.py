@@ -148,7 +148,7 @@ def spike_stats(model, batches):
             count(name, out.new_zeros(1), 0)
         spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
         neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
-        rasters.setdefault(name, out[:, 0].flatten(1).cpu()[:, neurons])
+        rasters.setdefault(name, out[:, 0].flatten(1).float().cpu()[:, neurons])
 
     for module in names:
         if isinstance(module, neuron.LIF):

@@ -139,6 +139,8 @@ class Spikformer(nn.Module):
 
 def channels_last(x):
     """Store the channels of a pixel side by side, as later layers keep it; the shape stays."""
+    if x.device.type == "mps":  # where the gradient of batch norm would be wrong (pytorch#175189)
+        return x
     # In this layout max-pooling is ten times faster, and 1x1 convolutions need no reordering.
     flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [T*B, C, H, W]
     return flat.unflatten(0, x.shape[:2])  # [T, B, C, H, W]

@@ -1146,10 +1146,11 @@ def test_eval_summary_averages_runs_that_differ_only_in_the_seed(whole, tmp_path
     assert re.split(r"\s{2,}", lines[-1])[1] == "94.33 ± 4.51"  # of 90, 94 and 99
 
 
-def test_eval_pictures_are_written_and_not_blank(whole, tmp_path):
+def test_eval_pictures_are_written_and_not_blank(whole, tmp_path, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
     run_eval(whole / "finetuned.pt", "--pictures", tmp_path / "a" / "b")
     shutil.copy(whole / "pretrained.pt", tmp_path)  # away from its log.csv
+    monkeypatch.setattr(models, "autocast", lambda _: torch.autocast("cpu", BF16))  # as on GPUs
     run_eval(tmp_path / "pretrained.pt", "--pictures", tmp_path / "pre")
     names = [sorted(p.stem for p in (tmp_path / d).iterdir()) for d in ("a/b", "pre")]
     assert names == [["accuracy", "curves", "frames", "map", "spikes"], ["frames", "map", "spikes"]]
@@ -1385,6 +1386,17 @@ def test_train_under_torchrun(shapes, whole, tmp_path):
     assert same_run(whole, tmp_path / "one")
     assert [row["epoch"] for row in read_log(tmp_path / "two")] == list("12123")
     assert all(0 < float(row["loss"]) < 9 for row in read_log(tmp_path / "two"))
+
+
+def test_train_names_what_several_processes_cannot_do(monkeypatch):
+    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 3))
+    split = data.Split(np.zeros((6, 1)), np.arange(6) % 2, ["a", "b"])
+    assert len(printed(train.few_shot_subset, split, 2, 0)[0]) == 0
+    with pytest.raises(data.UserError, match="--labels-per-class 1: fewer labels than processes"):
+        train.few_shot_subset(split, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="WORLD_SIZE is set, but not by torchrun"):
+        train.init_distributed(types.SimpleNamespace(device="cpu", batch_size=32))
 
 
 def train_share(folder):

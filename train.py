@@ -278,7 +278,9 @@ def wrap_model(model, args):
     if dist.is_initialized():
         if on_gpu:  # on CPUs, batch norm sees a process's own share: there is no SyncBatchNorm
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces its layers in place
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model)  # sends weights and queue to all
+        model.broadcast_buffers = False  # not again at every step: the queues stay equal
+        return model
     if on_gpu and not args.no_compile:
         print("the first steps compile the network: minutes; if that fails, pass --no-compile")
         return torch.compile(model, dynamic=False)  # batches have two sizes at most
@@ -328,6 +330,8 @@ def few_shot_subset(train, labels_per_class, seed):
         chosen += list(candidates[:labels_per_class])
         if len(candidates) < labels_per_class:
             print(f"warning: fewer than {labels_per_class} recordings in class {name}")
+    if len(chosen) < rank_and_world_size()[1]:
+        raise UserError(f"--labels-per-class {labels_per_class}: fewer labels than processes")
     return data.select(train, chosen)
 
 
@@ -453,6 +457,8 @@ def init_distributed(args):
     """Join the other processes under torchrun: NCCL on GPUs, gloo on CPUs; process 0 prints."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but not by torchrun: unset it, or start with torchrun")
     on_gpu = torch.device(args.device).type == "cuda"
     if on_gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -527,7 +533,7 @@ def parse_args(argv):
     add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
     add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
-        default="cuda" if torch.cuda.is_available() else "cpu")
+        default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
     return check_args(parser.parse_args(argv), parser)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import models
 import moco
+import neuron
 import train
 
 KINDS = {  # the first kind of which a word is in the name of a kernel (GPU) or operation (CPU)
@@ -48,6 +49,7 @@ parser.add_argument("--image-size", type=int, default=128)
 parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--no-compile", action="store_true")
 args = parser.parse_args()
+neuron.COMPILE = not args.no_compile
 on_gpu = torch.device(args.device).type == "cuda"
 
 net = moco.MoCo(models.build(args.arch, args.image_size)).to(args.device)
