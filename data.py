@@ -578,14 +578,14 @@ def list_folder(folder, columns, only):
         unsplit = [(f.parent.name or folder.name, str(folder / f)) for f in used]
         recordings = [(only, *r) for r in unsplit] if only else split_by_class(unsplit)
 
+    if kinds := Counter(kind_of_unused(f) for f in set(paths) - set(used)):
+        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        print(f"{folder}: left out: {listed}")
     if not recordings:
         raise UserError(f"{folder}: no recordings: expected <class>/<recording> or "
                         f"Train|Test/<class>/<recording>, each {', '.join(READERS)}")
     train = {cls for split, cls, _ in recordings if split == "train"}
     test = {cls for split, cls, _ in recordings if split == "test"}
-    if kinds := Counter(kind_of_unused(f) for f in set(paths) - set(used)):
-        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        print(f"{folder}: left out: {listed}")
     stems = Counter(os.path.splitext(key)[0] for _, _, key in recordings)
     if twins := [stem for stem, n in stems.items() if n > 1]:
         print(f"warning: {len(twins)} recordings occur under two endings, as {twins[0]}.*")
@@ -705,6 +705,7 @@ def read_ncaltech101(path):
 
 # tonic's class, sensor, number of recordings, reader, addresses to mend: those of figshare in
 # tonic 1.7.0 answer with an empty file (tonic issues 329, 330); figshare's API has the same files.
+# Other classes fit if their .data are paths and they have url, filename and md5.
 FIGSHARE = "https://api.figshare.com/v2/file/download/"
 TONIC_DATASETS = {
     "cifar10dvs": ("CIFAR10DVS", (128, 128), 10_000, read_file, dict(url=FIGSHARE + "38023437")),
@@ -734,7 +735,7 @@ def list_tonic(name, root):
                 inner = next(folder.rglob("Caltech101.zip"))
                 tonic.download_utils.extract_archive(str(inner), str(folder))
                 dataset = tonic_class(str(root), **options)
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # some of tonic's classes call exit()
             attributes = prefix + "url", prefix + "filename", (prefix or "file_") + "md5"
             url, file, md5 = (getattr(tonic_class, attribute) for attribute in attributes)
             raise UserError(f"{name} cannot be downloaded ({format_error(e)}): fetch {url} (md5 "

@@ -2,7 +2,7 @@
 
 InfoNCE of a query q with its key k+ and K negatives n_i, all of unit length (van den Oord 2018):
 
-    InfoNCE = -log( exp(q.k+ / temperature) / sum_z exp(q.z / temperature) ),  z = k+, n_1 .. n_K
+    InfoNCE = -log( exp(q.k+ / temperature) / sum_z exp(q.z / temperature) ),  z in k+, n_1 .. n_K
 
 which is the cross-entropy of the logits [q.k+, q.n_1, ..., q.n_K] / temperature against class 0.
 Embeddings have T time steps; there are two ways to get one loss from them, and the mix of both:
@@ -11,10 +11,10 @@ Embeddings have T time steps; there are two ways to get one loss from them, and 
     MAC  mean after criterion:  one InfoNCE per time step, then average the T losses
     MixInfoNCE = alpha * MBC + beta * MAC
 
-Embeddings become unit vectors after that average, not before. MAC contrasts step t with step t of
-the key and of the queue. Both are our reading of the paper. Related code (TETMoCo in
-github.com/StephenTaylor1998/amazing-cls) contrasts each step with all T steps of the queue. If
-T = 1, MBC = MAC.
+MBC makes unit vectors after its average, not before. MAC makes them at each step, and contrasts
+step t with step t of the key and of the queue. Both are our reading of the paper. Related code
+(TETMoCo in github.com/StephenTaylor1998/amazing-cls) contrasts each step with all T steps of the
+queue. If T = 1, MBC = MAC.
 Tests: python -m pytest test_all.py -k loss
 """
 import torch
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 def mix_info_nce(q, k, queue, temperature, alpha, beta):
     """Compute MixInfoNCE -> (loss, a scalar; the logits of MBC [B, 1 + K], for moco's accuracy).
 
-    q, k: [T, B, dim] embeddings of two views, not yet unit vectors; queue: [K, T, dim], of earlier
-    keys; alpha, beta: equal in the paper; 0.5 each keeps the scale of a single InfoNCE.
+    q, k: [T, B, dim] embeddings of two views, not yet unit vectors; queue: [K, T, dim], earlier
+    keys as they came; alpha, beta: equal in the paper; 0.5 each keeps the scale of one InfoNCE.
     """
     q, k = q.float(), k.float()  # bf16 is too coarse for a mean over time
     mbc_logits = info_nce_logits(q.mean(0), k.mean(0), queue.mean(1), temperature)  # [B, 1 + K]
@@ -49,7 +49,7 @@ def info_nce(logits):
 
 
 def chance_level(queue_size, T, alpha, beta):
-    """Compute the loss of equal embeddings, which are not told apart: (alpha + beta) log(K + 1)."""
+    """Compute the loss of embeddings that are all equal: (alpha + beta) log(K + 1)."""
     z, queue = torch.ones(T, 1, 1), torch.ones(queue_size, T, 1)
     loss, _ = mix_info_nce(z, z, queue, 1.0, alpha, beta)
     return loss.item()

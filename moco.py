@@ -8,9 +8,9 @@ One step on two views of a batch of recordings, as `forward` computes it:
     loss = MixInfoNCE(q, k, queue)                                 loss.py
     queue <- k; the oldest keys leave                              first in, first out
 
-encoder_q and encoder_k are each an encoder and a projection head. After pre-training, only the
-encoder of encoder_q is kept. MoCo's shuffling for batch norm is left out, so a query and its key
-share the statistics of a batch; docs/experiments.md measures what that hides.
+encoder_q and encoder_k each hold an encoder, [0], and a projection head, [1]. After pre-training,
+only encoder_q[0] is kept. MoCo's shuffling for batch norm is left out, so a query and its key share
+the statistics of a batch; docs/experiments.md measures the effect.
 Shapes: views [T, B, 2, H, W] -> loss, a scalar.
 Tests: python -m pytest test_all.py -k moco
 """
@@ -24,7 +24,7 @@ from loss import mix_info_nce
 
 
 class MoCo(nn.Module):
-    """Wrap an encoder for pre-training. The encoder is not copied: training this module trains it.
+    """Wrap an encoder for pre-training. encoder_q holds the encoder itself, which is so trained.
 
     encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: number
     of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the query encoder, at 1 it
@@ -55,25 +55,25 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self.momentum_update()
             k = self.encoder_k(view_k)  # [T, B, dim]
-            if len(k) != self.queue.shape[1]:  # the first step, or another T
+            if len(k) != self.queue.shape[1]:  # the first batch, or another T
                 self.init_queue(len(k))
 
-        # loss, and the logits of MBC [B, 1 + K]
+        # loss; logits: those of MBC [B, 1 + K]
         loss, logits = mix_info_nce(q, k, self.queue, self.temperature, self.alpha, self.beta)
 
         # contrastive accuracy and queue
         with torch.no_grad():
             margin = logits[:, 0] - logits[:, 1:].amax(-1)  # [B]
-            # Ties up to rounding do not count, or a collapsed encoder would look half right.
+            # Cosines equal up to rounding do not count, or a collapsed encoder looks half right.
             self.accuracy = (margin > 1e-5 / self.temperature).float().mean()
             self.dequeue_and_enqueue(k)
         return loss
 
     def init_queue(self, T):
-        """Fill the queue [K, T, dim] with random vectors, about as long as the head's embeddings.
+        """Fill the queue [K, T, dim] with random vectors, of about the norm of embeddings.
 
-        The loss rises while keys, harder to tell apart, replace them. Call this first if the
-        module is to be compiled or to load a state.
+        The loss rises while keys, harder to tell from the positive, replace them. Call this before
+        torch.compile and load_state_dict, which need the queue's final shape.
         """
         K, _, dim = self.queue.shape
         self.queue = torch.randn(K, T, dim, device=self.queue.device)
@@ -81,7 +81,7 @@ class MoCo(nn.Module):
     def momentum_update(self):
         """Move the parameters of the key encoder: theta_k <- m * theta_k + (1 - m) * theta_q.
 
-        Not the running statistics of batch norm: in training it uses those of each batch.
+        Not batch norm's running statistics: keys are computed with those of their batch.
         """
         for theta_k, theta_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             theta_k.lerp_(theta_q, 1 - self.momentum)
@@ -94,7 +94,7 @@ class MoCo(nn.Module):
             k = all_gather_keys(k)
         k = k[-K:]  # [min(B, K), T, dim]
         slots = (self.queue_ptr + torch.arange(len(k), device=k.device)) % K
-        # Not in place: the backward pass of the loss still needs the queue as it was.
+        # Not in place: compiled in bf16, the backward pass of the loss reads the queue as it was.
         self.queue = self.queue.index_copy(0, slots, k)
         self.queue_ptr.copy_((self.queue_ptr + len(k)) % K)
 
@@ -103,7 +103,7 @@ class ProjectionHead(nn.Module):
     """Project features to embeddings, at each time step: [T, B, D] -> [T, B, dim].
 
     The paper does not describe its head. Chosen: a batch norm after each of two linear layers, over
-    all T * B rows, the last one without weights, as in the code of MoCo v3 (Chen et al. 2021).
+    all T * B rows, the last without scale and shift, as in the code of MoCo v3 (Chen et al. 2021).
     """
 
     def __init__(self, D, dim, hidden=512):

@@ -2,15 +2,18 @@
 
 Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, joined by sums:
 
-    SEW-ResNet (Fang et al. 2021)   x + block(block(x)), "spike-element-wise" addition
-    Spikformer (Zhou et al. 2023)   four blocks make the image tokens; then, in each layer,
-                                    x + attention(x) and x + mlp(x), where attention is
-                                    block(LIF((q k^T) v / 8)) of spikes q, k, v, no softmax
+    SEW-ResNet (Fang et al. 2021)   x + block(block(x)), "spike-element-wise" addition; block(x)
+                                    in place of x where the shape changes
+    Spikformer (Zhou et al. 2023)   four blocks make the image tokens, x + block(x) adds their
+                                    position; then, depth times, x + attention(x) and x + mlp(x),
+                                    where attention is block(LIF((q k^T) v / 8)) of spikes q, k,
+                                    v, no softmax
 
 Only LIF layers see time: the others see a batch of T*B images. Both follow SpikingJelly 2.0.0's
 Spikformer and sew_resnet18(cnf="ADD"), whose weights fit: state_dict() has the same tensors in the
-same order, some as [C, C, 1, 1] for [C, C, 1]. The code of Spikformer's authors for CIFAR10-DVS
-differs: it pools after the LIF, scales by 1/4 and keeps PyTorch's initial weights of convolutions.
+same order, under other names, and [C, C, 1, 1] for Conv1d's [C, C, 1]. The code of Spikformer's
+authors for CIFAR10-DVS differs: it pools after the LIF, scales by 1/4 and keeps PyTorch's initial
+weights of convolutions.
 Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space.
 Tests: python -m pytest test_all.py -k models
 """
@@ -34,8 +37,8 @@ class ConvLIF(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
-        # Our choice: untrained, 3 % of the neurons spike at a time at the usual 1, and 10 to 15 %
-        # at 2; more of them after a max-pool.
+        # Our choice: untrained, at PyTorch's weight of 1 few neurons spike (3 % at a time step), in
+        # attention none; at 2, 10 to 15 %, and more after a max-pool.
         nn.init.constant_(self.bn.weight, 2.0)
         self.pool = nn.MaxPool2d(**HALVE) if pool else nn.Identity()
         self.lif = LIF()
@@ -46,7 +49,7 @@ class ConvLIF(nn.Module):
 
 
 class SEWBlock(nn.Module):
-    """Add two 3x3 convolutions to their input: [T, B, C, H, W] -> [T, B, C', H', W']."""
+    """Add the spikes of two 3x3 ConvLIFs to their input: [T, B, C, H, W] -> [T, B, C', H', W']."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -62,7 +65,7 @@ class SEWBlock(nn.Module):
 class SEWResNet18(nn.Module):
     """SEW-ResNet-18: [T, B, 2, H, W] -> [T, B, 8 * width]; width: channels of the first stage.
 
-    From 64 pixels on, the stem is ResNet's, which divides the image's sides by 4.
+    From 64 pixels on, stem and pool are ResNet's, which divide the image's sides by 4.
     """
 
     def __init__(self, width=64, image_size=128):
@@ -87,21 +90,20 @@ class SEWResNet18(nn.Module):
 
 
 class SpikingSelfAttention(nn.Module):
-    """Attention between the L = H * W pixels, in heads of 16 channels: [T, B, C, H, W] -> same."""
+    """Attention between L = H * W tokens, in heads of 16 of C = dim channels: [T, B, C, H, W]."""
 
     def __init__(self, dim):
         super().__init__()
         self.qkv = ConvLIF(dim, 3 * dim, 1)  # one convolution for all three
-        self.lif = LIF(v_threshold=0.5)  # as published
+        self.lif = LIF(v_threshold=0.5)  # as published; 1 elsewhere
         self.proj = ConvLIF(dim, dim, 1)
 
     def forward(self, x):
         H, W = x.shape[3:]
-        tokens = self.qkv(x).flatten(3).mT  # [T, B, L, 3C]
-        tokens = tokens.unflatten(3, (3, -1, 16))  # [T, B, L, 3, heads, 16]
-        q, k, v = tokens.permute(3, 0, 1, 4, 2, 5)  # each [T, B, heads, L, 16]
+        tokens = self.qkv(x).flatten(3).unflatten(2, (3, -1, 16))  # [T, B, 3, heads, 16, L]
+        q, k, v = tokens.permute(2, 0, 1, 3, 5, 4)  # each [T, B, heads, L, 16]
         # (q k^T) v = q (k^T v) where there is no softmax, and k^T v is 16 x 16 instead of L x L.
-        y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]
+        y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]; 1/8 as in SpikingJelly, not 1/sqrt(16)
         y = self.lif(y.transpose(2, 3).flatten(3))  # [T, B, L, C]
         return self.proj(y.mT.unflatten(3, (H, W)))  # [T, B, C, H, W]
 
@@ -138,10 +140,10 @@ class Spikformer(nn.Module):
 
 
 def channels_last(x):
-    """Store the channels of a pixel side by side, as later layers keep it; the shape stays."""
+    """Store the channels of a pixel side by side, a layout that later layers keep; same shape."""
     if x.device.type == "mps":  # where the gradient of batch norm would be wrong (pytorch#175189)
         return x
-    # In this layout max-pooling is ten times faster, and 1x1 convolutions need no reordering.
+    # On a CPU, this makes max-pooling ten times faster, and 1x1 convolutions need no reordering.
     flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [T*B, C, H, W]
     return flat.unflatten(0, x.shape[:2])  # [T, B, C, H, W]
 
@@ -149,8 +151,8 @@ def channels_last(x):
 class Classifier(nn.Module):
     """Encoder and linear head: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
-    freeze_norm: in training, too, batch norm uses the statistics that it has, because those of a
-    few labelled recordings are too far from those that the encoder was pre-trained with.
+    freeze_norm: in training, too, batch norm uses its running statistics, because those of a few
+    labelled recordings are too far from those that the encoder was pre-trained with.
     """
 
     def __init__(self, encoder, num_classes, freeze_norm=False):
@@ -193,7 +195,7 @@ def build(arch, image_size):
 def autocast(device):
     """Choose the precision of a forward pass: bf16 on GPUs from Ampere on, else float32.
 
-    float16 overflows in spiking networks, and bf16 is slower on CPUs without bf16 units.
+    float16 can overflow in sums of spikes, and bf16 is slower on CPUs without bf16 units.
     """
     kind = torch.device(device).type
     enabled = kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
@@ -213,7 +215,7 @@ def limit_threads(image_size):
     """Compute in one thread where frames are small, unless OMP_NUM_THREADS is set.
 
     Threads that wait for each other at every small operation make a step more than 10 times slower
-    beside a busy process. One thread is at most 1.5 times slower on an idle machine, and its result
+    beside a busy process. One thread is 1.3 to 1.7 times slower on an idle machine, and its result
     does not depend on the number of cores. Measured in docs/performance.md.
     """
     if image_size < 64 and "OMP_NUM_THREADS" not in os.environ:
@@ -222,7 +224,7 @@ def limit_threads(image_size):
 
 @torch.no_grad()
 def predict(model, batches):
-    """Run model over batches (x, y) -> outputs [T, N, D] on the CPU; leave it in eval mode."""
+    """Run model over (x, y) -> features or logits [T, N, D] on the CPU; leave it in eval mode."""
     model.eval()
     outputs = []
     for x, _ in batches:
@@ -237,8 +239,8 @@ def fit_linear(features, labels, num_classes):
     Cross-entropy on standardised features with an L2 penalty on the weights; L-BFGS, at most 200
     iterations.
     """
-    # 1e-3: a feature that hardly varies is not blown up
-    mean, std = features.mean(0), features.std(0, correction=0) + 1e-3
+    mean = features.mean(0)
+    std = features.std(0, correction=0) + 1e-3  # a feature that hardly varies is not blown up
     standardised = (features - mean) / std
     head = nn.Linear(features.shape[1], num_classes)
     nn.init.zeros_(head.weight)
@@ -265,10 +267,10 @@ def load_model(path, device="cpu"):
     dict of kind, args, classes and weights. No code of an untrusted file runs. Raises OSError if
     there is no such file or it does not fit this code.
     """
-    open(path, "rb").close()  # an OSError that names the file, which torch.load's may not
+    open(path, "rb").close()  # raises an OSError that names the file; torch.load's may not
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "split_events" not in checkpoint["args"]:
+        if "split_events" not in checkpoint["args"]:  # the newest of the flags that eval.py reads
             raise ValueError("written by an earlier version")
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":

@@ -11,8 +11,8 @@ The step function has no useful derivative. The backward pass takes that of an a
 
     ds/dh ~ alpha / 2 / (1 + (pi/2 * alpha * (h - v_threshold))^2)     (Fang et al. 2021, PLIF)
 
-and treats the reset as a constant (detached). Spikes and gradients equal those of SpikingJelly
-2.0.0's LIFNode(tau=2., detach_reset=True, surrogate_function=ATan(), step_mode='m').
+and takes s in the reset's equation as a constant (detached). Spikes and gradients equal those of
+SpikingJelly 2.0.0's LIFNode(tau=2., detach_reset=True, surrogate_function=ATan(), step_mode='m').
 
 Shapes: currents [T, ...] -> spikes [T, ...]. Nothing to reset between batches: no state is kept.
 Tests: python -m pytest test_all.py -k lif
@@ -27,7 +27,7 @@ from torch import nn
 
 def lif_steps(x, tau, v_threshold, v_reset):
     """Run the equations over currents x [T, N] -> T pairs (h, s), each [N], s as bool."""
-    # In bf16 the membrane would lose small inputs to rounding.
+    # At least float32: in bf16 the membrane would lose small inputs to rounding.
     v = torch.full_like(x[0], v_reset, dtype=torch.promote_types(x.dtype, torch.float32))
     steps = []
     for xt in x.unbind(0):
@@ -78,10 +78,11 @@ class LIF(nn.Module):
         if tau < 1 or v_threshold <= v_reset:
             raise ValueError("a LIF neuron needs tau >= 1 and v_threshold > v_reset, "
                              f"got {tau}, {v_threshold}, {v_reset}")
+        # in the order of lif_forward's arguments
         self.constants = float(tau), float(v_threshold), float(v_reset), float(alpha)
 
     def forward(self, x):
-        return LIFFunction.apply(x, self.constants)
+        return LIFFunction.apply(x, self.constants)  # lif_forward and lif_backward, below
 
     def extra_repr(self):
         return "tau={}, v_threshold={}, v_reset={}, alpha={}".format(*self.constants)
@@ -108,10 +109,10 @@ class LIFFunction(torch.autograd.Function):
 
 
 def flatten_neurons(function, constants, *tensors):
-    """Apply lif_forward or lif_backward to tensors [T, ...] -> [T, ...], laid out as the first.
+    """Apply lif_forward or lif_backward to tensors [T, ...] -> [T, ...], strided as the first.
 
-    Neurons do not interact, so their order is free. Taken in the order in which memory holds them,
-    [T, N] is a view of the first tensor and no copy (if time is its outermost axis there).
+    Neurons do not interact, so their order is free. Networks keep channels last (models.py); in the
+    order in which memory holds the neurons, [T, N] is a view of the first tensor and no copy.
     """
     x = tensors[0]
     order = [0, *sorted(range(1, x.ndim), key=x.stride, reverse=True)]  # time, then largest stride
@@ -124,13 +125,13 @@ def flatten_neurons(function, constants, *tensors):
 def call(function, constants, *tensors):
     """Call lif_forward or lif_backward; if COMPILE, as one fused loop."""
     global COMPILE
-    # Inside a compiled network, its own compiler fuses the plain function with its neighbours.
+    # While a whole network is being compiled, its compiler fuses the plain function with others.
     if COMPILE and not torch.compiler.is_compiling():
         for t in tensors:
             torch._dynamo.maybe_mark_dynamic(t, 1)  # N: one kernel for layers of every size
         try:
             return compiled(function, constants)(*tensors)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # no fault of the compiler
             raise
         except Exception as e:  # no C++ compiler, for one
             reason = str(e).strip().split("\n")[0][:200]
@@ -142,5 +143,5 @@ def call(function, constants, *tensors):
 @functools.cache
 def compiled(function, constants):
     """Compile the function for these constants; as arguments they would cost half the speed."""
-    torch._dynamo.config.recompile_limit = 64  # variants: functions x constants x T
+    torch._dynamo.config.recompile_limit = 64  # a variant for each function, constants, T, dtype
     return torch.compile(lambda *tensors: function(*tensors, *constants))

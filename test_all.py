@@ -1338,6 +1338,12 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
     assert not same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")
     rows = [row["phase"] + row["epoch"] for row in read_log(run) if 0 < float(row["rate"]) < 1]
     assert rows == ["pretrain1", "pretrain2", "pretrain3", "finetune1", "finetune2"]
+    state = torch.load(run / "state.pt")
+    del state["args"]["alpha"], state["args"]["lr"]  # as if train.py had got these flags since
+    torch.save(state, run / "state.pt")
+    assert epochs("--pretrain-epochs", "3") == []
+    assert sorted(changed) == [
+        "from here on: alpha 0.5, not None", "from here on: lr 0.002, not None"]
 
 
 def test_train_init_takes_the_encoder_of_either_kind(shapes, whole, tmp_path):

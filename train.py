@@ -335,7 +335,7 @@ def few_shot_subset(train, labels_per_class, seed):
     return data.select(train, chosen)
 
 
-# what --init takes over from the run that pre-trained the encoder, beside its weights
+# The flags of pre-training: --init takes them over from the run that pre-trained the encoder.
 PRETRAINING = [
     "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
     "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
@@ -351,7 +351,7 @@ def load_pretrained_encoder(encoder, args):
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
         raise UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, "
                         f"this run builds {args.arch} for {args.image_size}")
-    vars(args).update({name: was[name] for name in PRETRAINING})
+    vars(args).update({name: was[name] for name in PRETRAINING if name in was})
     if args.pretrain_size != args.image_size:
         print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
               f"{args.image_size}: the network pools at other places and sees other sizes")
@@ -403,8 +403,6 @@ def load_state(path, args, classes):
         if "pretrain" in state:
             fixed += ["n_frames", "queue_size"]  # the shape of the queue
         saved = state["args"] | {"classes": state["classes"]}
-        if "split_events" not in saved:
-            raise ValueError("written by an earlier version of train.py")
         wrong = [f"{name} {saved[name]}, not {given[name]}" for name in fixed
                  if saved[name] != given[name]]
         if saved["recordings"] != args.recordings:
@@ -419,15 +417,17 @@ def load_state(path, args, classes):
         state.pop("finetune", None)
         state["log"] = pretrain_log
     elif done:  # other flags of pre-training come too late
-        vars(args).update({name: saved[name] for name in PRETRAINING if name != "pretrain_epochs"})
+        vars(args).update({name: saved[name] for name in PRETRAINING
+                           if name in saved and name != "pretrain_epochs"})
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and epochs < state[phase]["epoch"]:
             wrong.append(f"{state[phase]['epoch']} epochs of {phase}, not {epochs}")
     if wrong:
         raise UserError(f"--resume: {path} was made with {wrong[0]}")
     for name, value in vars(args).items():
-        if value != saved[name] and name not in ("out", "root", "device", "resume", "no_compile"):
-            print(f"from here on: {name} {value}, not {saved[name]}")
+        was = saved.get(name)  # None: of a flag that train.py has got since
+        if value != was and name not in ("out", "root", "device", "resume", "no_compile"):
+            print(f"from here on: {name} {value}, not {was}")
     return state
 
 
@@ -550,8 +550,7 @@ def check_args(args, parser):
     if args.init and args.pretrain_on:
         parser.error("--init takes the place of pre-training: --pretrain-on would not be used")
     try:
-        with torch.device("meta"):  # takes no memory; any image size tells if the name is right
-            models.build(args.arch, 128)
+        models.build(args.arch, 128)  # any image size tells whether the name is right
     except ValueError as e:
         parser.error(f"--arch: {e}")
     return args
