@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# Defaults per data set: --dataset selects a row, any flag overrides one value (views have none).
+# Defaults per data set: --dataset selects a row, a flag overrides one value (none for the _aug).
 # Sources: [S] Spikformer's published schedule for CIFAR10-DVS, less mixup and label smoothing,
 # [N] NDA (Li et al. 2022, the best policies for contrast and for labels),
 # [E] github.com/myuansun/EventRPG, issue 1, [A] github.com/StephenTaylor1998/amazing-cls; the rest
 # is our choice.
-# A queue stays well below the number of recordings, or positives return as negatives.
+# A queue stays below the number of recordings, or positives return as negatives.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
 NO_FLIP_AUG = MILD_AUG | dict(flip=False)  # [E] for gestures, to pre-train and to fine-tune
@@ -94,7 +94,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
 
     name: a key of DATASETS, downloaded into root if missing, or a folder: see list_folder. n_frames
     and size (pixels) default to the data set's row; a folder's size to its sensor's longer side,
-    128 at most, and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings
+    8 to 128, and its sensor (W, H) to infer_sensor_size. skip_broken leaves out the recordings
     that cannot be read, which otherwise are an error. frames_by: see to_frames; columns: the order
     of plain [N, 4] arrays, as "xytp". only: "train" or "test" leaves out a folder's other split, or
     puts all recordings of a folder without Train and Test into this one. Frames are made once, by
@@ -103,7 +103,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     """
     name, root = resolve(name), Path(root).expanduser()
     config = default_config(name)
-    # recordings: [("train" or "test", class, key)], where read(key) -> events
+    # recordings: [("train" or "test", class, key)], key a path or toy:<...>; read(key) -> events
     if name == "toy":
         recordings, classes, read, known_sensor = list_toy()
     elif name in TONIC_DATASETS:
@@ -124,7 +124,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
         report_broken(about["broken"], len(recordings), skip_broken)
     recordings = about["recordings"]  # without the broken ones
     frames = np.load(path, mmap_mode="c")  # "c", because torch wants memory that it could write to
-    labels = np.array([classes.index(cls) for _, cls, _ in recordings])
+    labels = np.array([classes.index(cls) for _, cls, _ in recordings], np.int64)
     names = [f"{cls}/{Path(key).name}" for _, cls, key in recordings]
     both = Split(frames[: len(names)], labels, classes, sensor, names)
     n = sum(split == "train" for split, _, _ in recordings)
@@ -135,15 +135,15 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
 
 def select(split, index):
     """Keep the recordings of a split at index, a slice or a list of numbers."""
-    names = split.names and np.array(split.names, object)[index].tolist()  # of your own Split: None
+    names = split.names and np.array(split.names, object)[index].tolist()  # yours may be None
     return split._replace(frames=split.frames[index], labels=split.labels[index], names=names)
 
 
 def fingerprint(train_names, test_names):
     """Hash the names of the recordings in both splits, to tell later whether they are the same."""
-    texts = dict(train="\n".join(train_names), test="\n".join(test_names))
-    return {split: hashlib.sha256(os.fsencode(text)).hexdigest()[:12]  # need not be UTF-8
-            for split, text in texts.items()}
+    # fsencode, because names of files need not be UTF-8
+    return {split: hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:12]
+            for split, names in (("train", train_names), ("test", test_names))}
 
 
 def resolve(name):
@@ -193,14 +193,14 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
             if span and not duration:
                 raise ValueError(f"lasts {span} units of time, too few for {n_frames} frames")
         else:
-            duration = span / n_frames  # "//" would make frames of 0 s of 1.5 s
+            duration = span / n_frames  # 1.5 s // 4 would be 0 s
         starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
     else:
         starts = np.arange(n_frames) * (n // n_frames)
     frames = np.empty((n_frames, 2 * size * size), np.int16)
     for frame, part in zip(frames, np.split(pixel, starts[1:])):
         counts = np.bincount(part, minlength=len(frame))
-        frame[:] = counts if counts.max() < 32768 else counts.clip(max=32767)
+        frame[:] = counts.clip(max=32767)
     frames = frames if frames.max() > 255 else frames.astype(np.uint8)
     return frames.reshape(n_frames, 2, size, size)
 
@@ -236,7 +236,8 @@ def make_frames(path, recordings, read, n_frames, size, sensor, frames_by):
         write_json(path.with_suffix(".json"), dict(recordings=valid, broken=broken))
     finally:
         frames = None
-        part.unlink(missing_ok=True)
+        for leftover in part, wide:
+            leftover.unlink(missing_ok=True)
 
 
 def new_array(path, dtype, shape):
@@ -272,7 +273,7 @@ def warn_of_losses(facts, n_frames, size, sensor):
 
 
 def cache_key(recordings, read, settings):
-    """Hash what the frames depend on: names, sizes, times, settings and the functions' own code.
+    """Hash what the frames depend on: names, splits, sizes, times, settings, functions' own code.
 
     Not the code of what these functions call: after changing that, delete the cached frames.
     """
@@ -393,7 +394,7 @@ def format_error(e):
 # ------------------------------------------------------------------------------ batches and views
 
 def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank=0, world_size=1):
-    """Yield every recording once: (x float [T, B, 2, H, W], y int64 [B]) on device.
+    """Yield recordings, each once: (x float [T, B, 2, H, W], y int64 [B]) on device.
 
     shuffle draws the order from generator. Of world_size processes with equal generators, each
     gets every world_size-th recording; up to world_size - 1 are left out to keep shares equal.
@@ -405,10 +406,9 @@ def batches(split, batch_size, device="cpu", shuffle=False, generator=None, rank
     # Batches are as equal as possible, because a small last one would upset batch norm.
     for index in order.tensor_split(math.ceil(len(order) / (batch_size // world_size))):
         x, y = frames.index_select(0, index), labels[index]  # integers [B, T, 2, H, W], [B]
-        if torch.device(device).type == "cuda" and not x.is_cuda:
-            x, y = x.pin_memory(), y.pin_memory()  # copied while the GPU is at work
-        pinned = x.is_pinned()  # memory that is not could be freed before it is copied
-        x, y = x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
+        if torch.device(device).type == "cuda" and not x.is_cuda:  # copied while the GPU is at work
+            x, y = (z.pin_memory().to(device, non_blocking=True) for z in (x, y))
+        x, y = x.to(device), y.to(device)
         yield x.transpose(0, 1).contiguous().float(), y  # [T, B, 2, H, W], [B]
 
 
@@ -474,7 +474,7 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
 
-    # For each view, the numbers 0 to 3 in random order: those below num_ops choose what is used.
+    # Each view draws a random order of 0 to 3; an operation is used if its number is below num_ops.
     shifted, rotated, sheared, cut = torch.rand(4, B, device=device).argsort(0) < num_ops  # [B]
     side = (min_scale + torch.rand(B, device=device) * (max_scale - min_scale)).sqrt()
     return dict(
@@ -582,7 +582,8 @@ def list_folder(folder, columns, only):
         listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         print(f"{folder}: left out: {listed}")
     if not recordings:
-        raise UserError(f"{folder}: no recordings: expected <class>/<recording> or "
+        where = f" in {only.title()}" if used and only else ""
+        raise UserError(f"{folder}: no recordings{where}: expected <class>/<recording> or "
                         f"Train|Test/<class>/<recording>, each {', '.join(READERS)}")
     train = {cls for split, cls, _ in recordings if split == "train"}
     test = {cls for split, cls, _ in recordings if split == "test"}
@@ -609,7 +610,7 @@ def files_below(folder):
 
 
 def is_recording(f):
-    """Tell whether a file, f its path in the folder, is neither hidden nor of another ending."""
+    """Tell whether a file is not hidden and has an ending of READERS; f: its path in the folder."""
     return f.suffix in READERS and not any(part[0] == "." for part in f.parts)
 
 
@@ -631,8 +632,8 @@ def natural_key(name):
 def split_by_class(recordings):
     """Split [(class, key)] -> [(split, class, key)] by nothing but the names.
 
-    The last tenth of each class in natural order is for the test: rounded down, but at least one
-    unless the class has a single recording, as SpikingJelly rounds.
+    The last tenth of each class in natural order is for the test: rounded down, as in SpikingJelly,
+    but at least one unless the class has a single recording.
     """
     keys_of, split = defaultdict(list), []
     for cls, key in recordings:

@@ -5,8 +5,8 @@
     python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER  # transfer to other data
 
 The prediction after t steps is the class with the largest mean logit over steps 1 to t. Features
-are the outputs of the checkpoint's encoder, not trained further, averaged over time; kNN and linear
-probe learn from all training labels.
+are the outputs of the checkpoint's encoder (of finetuned.pt, the fine-tuned one), averaged over
+time; kNN and linear probe learn from them with all training labels.
 Tests: python -m pytest test_all.py -k eval
 """
 import argparse
@@ -90,7 +90,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     for z, y in zip(test_features.split(1024), test_labels.split(1024)):
         cosine, nearest = (F.normalize(z, dim=1) @ train_features.T).topk(k)  # [m, k]
         votes = F.one_hot(train_labels[nearest]) * (cosine / temperature).exp()[..., None]
-        correct += (votes.sum(1).argmax(1) == y).sum().item()  # votes: [m, k, classes]
+        correct += (votes.sum(1).argmax(1) == y).sum().item()  # of votes [m, k, classes]
     return correct / len(test_labels)
 
 
@@ -127,8 +127,8 @@ def spike_stats(model, batches):
              for name, module in model.named_modules()}  # conv and lif of a block are one layer
 
     def count(name, x, macs):
-        # Multiply-accumulates: the first layer, whose input is frames, and the head, whose input is
-        # a mean over space. Elsewhere it is a sum of spikes, an integer, and counts as so many.
+        # Analog, counted as multiply-accumulates: the first layer, on frames, and the head, on a
+        # mean over space. Elsewhere x is a sum of spikes, and an input of n counts as n operations.
         analog = not layers or bool((x != x.round()).any())
         layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
         layer["macs"] += macs
@@ -139,7 +139,8 @@ def spike_stats(model, batches):
         count(names[module], inputs[0], out.numel() * module.weight[0].numel())
 
     def on_qkv(module, inputs, out):  # out: [T, B, 3C, H, W]
-        q_and_k = torch.stack(out.chunk(3, 2)[:2])  # a spike of either adds a row of 16 numbers
+        # A spike in k or q adds a row of 16 numbers, of v or of k^T v; in the row of the attention.
+        q_and_k = torch.stack(out.chunk(3, 2)[:2])
         count(names[module].removesuffix(".qkv"), q_and_k, 16 * q_and_k.numel())
 
     def on_lif(module, inputs, out):  # out: [T, B, ...]
@@ -219,12 +220,13 @@ def evaluate(path, args):
                       train_features=train_features, test_features=features)
         if kind == "finetuned":
             head = copy.deepcopy(model.head).cpu().requires_grad_(False)
+            # linear, so of mean features the mean logits
             arrays |= dict(logit_classes=classes, train_logits=head(train_features),
                            test_logits=head(features))
         Path(args.features).parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.features, **arrays)
 
-    # two views as in pre-training, but each of all events
+    # two views as in pre-training, but without --split-events
     torch.manual_seed(0)  # always the same ones
     view = functools.partial(data.augment, **train_args["pretrain_aug"])
     a, b = (models.predict(encoder, ((view(x), y) for x, y in batches(test))).mean(0)
@@ -244,12 +246,12 @@ def load_data(path, checkpoint, args):
         args.sensor or (train_args["sensor"] if same else None), train_args["frames_by"],
         args.columns or train_args["columns"])
     # A classifier that knows the classes of another folder has nothing to learn from it: it is
-    # tested on the folder's Test, or on all recordings if there is none.
+    # tested on the folder's Test, or on all recordings if there is neither Train nor Test.
     test_only = not same and checkpoint["kind"] == "finetuned"
     train, test = load(only="test" if test_only else None)
     if test_only:
-        # It may be the folder of training at another place, or have classes that kNN and linear
-        # probe have to learn.
+        # Split as in training, do the names match? Then it is that folder at another place, and its
+        # training recordings must not be tested. New classes have to be learned by kNN and probe.
         parts = data.split_by_class([(name.split("/")[0], name) for name in test.names])
         split = data.fingerprint(*(
             [name for part, _, name in parts if part == wanted] for wanted in ("train", "test")))
@@ -288,7 +290,7 @@ def predict_files(args):
             train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
     read = functools.partial(data.read_file, columns=args.columns or train_args["columns"])
     if train_args["dataset"] in data.TONIC_DATASETS:
-        read = data.TONIC_DATASETS[train_args["dataset"]][3]
+        _, _, _, read, _ = data.TONIC_DATASETS[train_args["dataset"]]
     for path in files:
         frames, error = data.try_recording(str(path), to_frames, read)
         if error and args.skip_broken:
@@ -327,7 +329,7 @@ def print_report(results):
         rate = f"{row['rate']:9.2f} {row['silent']:9.2f}" if "rate" in row else " " * 19
         print(f"{row['layer']:18} {rate} {row['macs']:14,.0f} {row['operations']:14,.0f} "
               f"{row['energy']:11.4f}")
-    print(f"the same network without spikes: {results['energy_dense']:.4f} uJ, in T passes too")
+    print(f"the same network without spikes, at all T steps: {results['energy_dense']:.4f} uJ")
     print(ENERGY_NOTE)
     print("{parameters:,} parameters; alignment {alignment:.3f}, uniformity {uniformity:.3f}"
           .format(**results))
@@ -516,7 +518,7 @@ def parse_args(argv):
     if len(args.ckpt) > 1 and (args.pictures or args.predict or args.features):
         parser.error("--pictures, --predict and --features take a single --ckpt")
     if args.predict and (args.dataset or args.sensor or args.features or args.pictures):
-        parser.error("--predict goes with --columns, --skip-broken and --json only")
+        parser.error("--predict does not go with --dataset, --sensor, --features or --pictures")
     if args.pictures and not importlib.util.find_spec("matplotlib"):
         parser.error("--pictures needs matplotlib: pip install matplotlib")
     return args

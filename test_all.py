@@ -1074,7 +1074,7 @@ def test_eval_json_holds_what_the_text_says(whole, tmp_path):
                  f"alignment {r['alignment']:.3f}, uniformity {r['uniformity']:.3f}",
                  f"1 to 2 time steps: {r['steps'][0][0]:.2f}, {r['accuracy']:.2f} %",
                  "95 % interval {:.2f} to {:.2f} %".format(*r["interval"]),
-                 f"{r['parameters']:,} parameters", f"spikes: {r['energy_dense']:.4f} uJ"):
+                 f"{r['parameters']:,} parameters", f"T steps: {r['energy_dense']:.4f} uJ"):
         assert says in text
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     for name, row in zip("abc", r["confusion"]):
@@ -1485,6 +1485,7 @@ def error_of(script, *argv):
     "--init no/such.pt -> no/such.pt", "--init EMPTY -> empty: not", "--init EVIL -> evil: not",
     "--init FOLDER -> folder",
     "--init CKPT --pretrain-on OTHER -> --pretrain-on",
+    "--pretrain-epochs 0 --pretrain-on OTHER -> --pretrain-on",
     "--init CKPT --arch spikformer-1-32 -> builds spikformer-1-32",
     "--root EMPTY -> empty", "--out EMPTY -> empty", "--out EMPTY/below -> empty/below",
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
@@ -1505,7 +1506,7 @@ def error_of(script, *argv):
     "--ckpt CKPT --json EMPTY/f -> empty", "--ckpt CKPT --dataset no/such -> no/such",
     "--ckpt CKPT CKPT --pictures p -> --pictures",
     "--ckpt CKPT --predict FOLDER -> no recordings",
-    "--ckpt CKPT --predict FOLDER --dataset toy -> goes with"])
+    "--ckpt CKPT --predict FOLDER --dataset toy -> does not go with"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):
     evil = f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()  # a pickle that runs a command
     files = {"empty": b"", "half": (whole / "finetuned.pt").read_bytes()[:9000]}

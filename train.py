@@ -85,7 +85,7 @@ def pretrain(encoder, unlabelled, args, state):
     """
     torch.manual_seed(args.seed)  # the draws do not depend on what ran before
     moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha,
-                args.beta).to(args.device)
+                args.beta).to(args.device)  # 128: size of an embedding
     moco.init_queue(args.n_frames)  # now, because a resumed and a compiled step need its shape
     model = wrap_model(moco, args)
 
@@ -112,7 +112,7 @@ def pretrain(encoder, unlabelled, args, state):
     if args.queue_size >= N:
         print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
               f"as negatives; try --queue-size {N // 4 + 1}")
-    # moco, not model: its names of parameters do not depend on how it is wrapped
+    # moco, not model: wrapping renames the parameters
     train_phase("pretrain", moco, encoder, compute_loss, unlabelled, args.pretrain_epochs,
                 args.pretrain_lr, args, state, monitor if classes > 1 and N > 1 else None)
     # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
@@ -152,7 +152,7 @@ def finetune(encoder, labelled, args, state):
 
 
 def fit_head(classifier, labelled, args):
-    """Fit the head to the frozen encoder's features of views, in passes that give 1,000 or more.
+    """Fit the head to the frozen encoder's features of 1,000 or more views, in whole passes.
 
     The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
     """
@@ -179,7 +179,7 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         model.load_state_dict(state[phase]["model"])
         optimizer.load_state_dict(state[phase]["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag may have changed
-    # the number of batches that data.batches yields
+    # the number of batches that data.batches yields, as it counts them
     steps = math.ceil((len(split.labels) // world_size) / (args.batch_size // world_size))
     for epoch in range(start, epochs):
         began, name = time.time(), f"{phase} {epoch + 1}/{epochs}"
@@ -199,7 +199,8 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
             raise UserError(f"{name}: the loss is {loss}: take a lower learning rate; --resume "
                             "continues after the last epoch in state.pt, if there is one")
 
-        # log and state; the rate comes before monitor(), which ends the mode of training
+        # log and state; the rate, of the same batch each epoch, comes before monitor(), which sets
+        # evaluation mode
         x, _ = next(mixed_batches(split, args))
         rate = firing_rate(encoder, x)
         due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
@@ -292,8 +293,8 @@ def wrap_model(model, args):
 def load_data(args):
     """Load train, test and the recordings to pre-train on; set in args what only these tell."""
     waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
-    # One barrier at two places: the first process of a machine makes the frames and reaches it
-    # after that, below; the others wait here, and then find the frames.
+    # One barrier at two places: the first process of a machine makes the frames and then reaches
+    # it, below; until that, the others wait for it here, and then find the frames.
     if waits:
         dist.barrier()
     settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
@@ -335,7 +336,7 @@ def few_shot_subset(train, labels_per_class, seed):
     return data.select(train, chosen)
 
 
-# The flags of pre-training: --init takes them over from the run that pre-trained the encoder.
+# What pre-training depends on: --init and --resume take it from the run that pre-trained.
 PRETRAINING = [
     "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
     "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
@@ -395,7 +396,7 @@ def make_run_dir(args, classes):
 
 
 def load_state(path, args, classes):
-    """Read state.pt and print what flags change; with more pre-training, fine-tune anew."""
+    """Read state.pt and print what flags change; if pre-training goes on, drop the fine-tuning."""
     given = vars(args) | {"classes": classes}
     fixed = ["classes", "arch", "image_size", "seed", "init", "pretrain_on"]
     try:
@@ -547,8 +548,8 @@ def check_args(args, parser):
         parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
         parser.error("--epochs 0 without pre-training leaves nothing to do")
-    if args.init and args.pretrain_on:
-        parser.error("--init takes the place of pre-training: --pretrain-on would not be used")
+    if args.pretrain_on and (args.init or args.pretrain_epochs == 0):
+        parser.error("--pretrain-on is of no use with --init or without pre-training")
     try:
         models.build(args.arch, 128)  # any image size tells whether the name is right
     except ValueError as e:
