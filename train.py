@@ -294,7 +294,7 @@ def load_data(args):
     """Load train, test and the recordings to pre-train on; set in args what only these tell."""
     waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
     # One barrier at two places: the first process of a machine makes the frames and then reaches
-    # it, below; until that, the others wait for it here, and then find the frames.
+    # it, below; until then, the others wait for it here, after which they find the frames.
     if waits:
         dist.barrier()
     settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
