@@ -24,7 +24,7 @@ from loss import mix_info_nce
 
 
 class MoCo(nn.Module):
-    """Wrap an encoder for pre-training. encoder_q holds the encoder itself, which is so trained.
+    """Wrap an encoder for pre-training. encoder_q holds the encoder itself: this trains it.
 
     encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: number
     of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the query encoder, at 1 it

@@ -90,7 +90,7 @@ class SEWResNet18(nn.Module):
 
 
 class SpikingSelfAttention(nn.Module):
-    """Attention between L = H * W tokens, in heads of 16 of C = dim channels: [T, B, C, H, W]."""
+    """Attention of L = H * W tokens, heads of 16 of C = dim channels: [T, B, C, H, W] -> same."""
 
     def __init__(self, dim):
         super().__init__()
