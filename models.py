@@ -100,8 +100,8 @@ class SpikingSelfAttention(nn.Module):
 
     def forward(self, x):
         H, W = x.shape[3:]
-        tokens = self.qkv(x).flatten(3).unflatten(2, (3, -1, 16))  # [T, B, 3, heads, 16, L]
-        q, k, v = tokens.permute(2, 0, 1, 3, 5, 4)  # each [T, B, heads, L, 16]
+        tokens = self.qkv(x).flatten(3).mT.unflatten(3, (3, -1, 16))  # [T, B, L, 3, heads, 16]
+        q, k, v = tokens.permute(3, 0, 1, 4, 2, 5)  # each [T, B, heads, L, 16]
         # (q k^T) v = q (k^T v) where there is no softmax, and k^T v is 16 x 16 instead of L x L.
         y = q @ (k.mT @ v) * 0.125  # [T, B, heads, L, 16]; 1/8 as in SpikingJelly, not 1/sqrt(16)
         y = self.lif(y.transpose(2, 3).flatten(3))  # [T, B, L, C]

@@ -1496,6 +1496,7 @@ def error_of(script, *argv):
     "--resume --out WHOLE --init CKPT -> init None, not",
     "--resume --out WHOLE --epochs 1 -> 2 epochs of finetune, not 1",
     "--resume --out WHOLE --pretrain-epochs 0 -> 2 epochs of pretrain, not 0",
+    "--out LOST -> holds finetuned.pt, but not both",
     "--resume --out LOST -> holds finetuned.pt, but not both",
     "--dataset SPLIT -> need a folder for each class",
     "--resume --out WHOLE --dataset OTHER -> classes ['a', 'b', 'c'], not ['a', 'z']",
@@ -1525,7 +1526,7 @@ def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, 
     else:
         line = error_of("train.py", *tiny(shapes, tmp_path / "out", *flags))
     assert "error: " in line and (says or flags[0]) in line
-    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+    assert not any((tmp_path / name).exists() for name in ("out", "ran", "lost/log.csv"))
 
 
 def test_train_and_the_script_of_the_readme(tmp_path, monkeypatch):

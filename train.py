@@ -377,17 +377,18 @@ def make_run_dir(args, classes):
             last = max((i for i, folder in enumerate(folders) if folder.exists()), default=-1)
             out = folders[max(last, 0) if args.resume else last + 1]
         out.mkdir(parents=True, exist_ok=bool(args.out or args.resume))
-        try:
-            open(out / "log.csv", "a" if args.resume else "x").close()  # "x": no two runs share it
-        except FileExistsError:
-            raise UserError(f"--out {out}: holds a run already: add --resume to continue it")
-        if args.resume and (out / "state.pt").exists():
+        log, kept = out / "log.csv", [path.name for path in out.glob("*.pt")]
+        if args.resume and "state.pt" in kept:
             found[1] = load_state(out / "state.pt", args, classes)
-        elif kept := [path.name for path in out.glob("*.pt")]:
+        elif kept and (args.resume or not log.exists()):
             raise UserError(f"--out {out}: holds {', '.join(kept)}, but not both state.pt and "
                             "log.csv to continue that run")
         elif args.resume:
             print(f"{out}: no run to continue, a new one starts")
+        try:
+            open(log, "a" if args.resume else "x").close()  # "x": no two runs share a folder
+        except FileExistsError:
+            raise UserError(f"--out {out}: holds a run already: add --resume to continue it")
         found[0] = out.as_posix()
     if dist.is_initialized():
         dist.broadcast_object_list(found)  # the other processes may not see this disk
