@@ -14,9 +14,11 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -157,7 +159,7 @@ def default_config(name):
         return DATASETS[name]
     if os.path.isdir(name):
         return FOLDER_DEFAULTS
-    raise UserError(f"--dataset {name}: neither a folder nor one of {', '.join(DATASETS)}")
+    raise UserError(f"{name}: neither a folder nor one of {', '.join(DATASETS)}")
 
 
 # ------------------------------------------------------------------------------- events to frames
@@ -187,14 +189,14 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     off = p.min() if n and p.min() < p.max() else 0
     pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
     if frames_by == "time" and n:
-        span = t[-1] - t[0]
+        t = t - t[0]  # small: the product below is float64 if t is uint64
         if t.dtype.kind in "iu":
-            duration = span // n_frames  # as in SpikingJelly
-            if span and not duration:
-                raise ValueError(f"lasts {span} units of time, too few for {n_frames} frames")
+            duration = t[-1] // n_frames  # as in SpikingJelly
+            if t[-1] and not duration:
+                raise ValueError(f"lasts {t[-1]} units of time, too few for {n_frames} frames")
         else:
-            duration = span / n_frames  # 1.5 s // 4 would be 0 s
-        starts = np.searchsorted(t, t[0] + duration * np.arange(n_frames))
+            duration = t[-1] / n_frames  # 1.5 s // 4 would be 0 s
+        starts = np.searchsorted(t, duration * np.arange(n_frames))
     else:
         starts = np.arange(n_frames) * (n // n_frames)
     frames = np.empty((n_frames, 2 * size * size), np.int16)
@@ -282,8 +284,12 @@ def cache_key(recordings, read, settings):
     endings = sorted({os.path.splitext(key)[1] for _, _, key in recordings})
     functions = [read, read_file, *(READERS[e] for e in endings if e in READERS), toy_outlines,
                  validate_events, sensor_of, to_frames]
-    functions = [functools.partial(f) for f in functions]  # all have .func and .keywords now
-    code = [inspect.getsource(f.func) + repr(f.keywords) for f in functions]
+    code = []
+    for f in map(functools.partial, functions):  # all have .func and .keywords now
+        try:
+            code.append(inspect.getsource(f.func) + repr(f.keywords))
+        except TypeError:  # written in C, as np.fromfile
+            code.append(repr(f))
     made_from = json.dumps([recordings, stats, settings, code, FIELDS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
@@ -324,8 +330,7 @@ def map_recordings(measure, recordings, read):
     All cores compute; the order is that of the recordings.
     """
     task = functools.partial(try_recording, measure=measure, read=read)
-    # Workers ignore Ctrl-C, so that only this process answers it.
-    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(initializer=start_worker)
     try:
         results = pool.map(task, [key for _, _, key in recordings], chunksize=8)
         bar = tqdm(results, "recordings", len(recordings), disable=None)  # None: in a terminal only
@@ -337,6 +342,16 @@ def map_recordings(measure, recordings, read):
                         "if __name__ == '__main__':")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """Leave Ctrl-C to the main process, and end when that has ended, be it by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def report_broken(broken, total, skip_broken):

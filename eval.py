@@ -48,7 +48,7 @@ def wilson_interval(correct, n, z=1.959964):
     p, w = correct / n, z * z / n
     half = (w * p * (1 - p) + w * w / 4) ** 0.5
     low, high = (p + w / 2 - half) / (1 + w), (p + w / 2 + half) / (1 + w)
-    return [100 * p, 100 * max(0.0, low), 100 * high]
+    return [100 * p, 100 * max(0.0, low), 100 * min(1.0, high)]
 
 
 def accuracy_line(accuracy, recordings):
@@ -348,7 +348,7 @@ def print_summary(runs):
     by_recipe, rows = defaultdict(dict), []
     for run in runs:
         settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
-        # what may differ between seeds, each of which may have its own --init
+        # what may differ between seeds, each of which may have its own --init, but of one kind
         for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
             del settings[name]
         by_recipe[json.dumps(settings)].setdefault(run["args"]["seed"], run)
@@ -529,12 +529,12 @@ def main(argv=None):
     neuron.COMPILE = not args.no_compile
     if args.predict:
         rows = predict_files(args)
-        if args.json:
-            data.write_json(args.json, rows)
         writer = csv.DictWriter(
             sys.stdout, ["path", "predicted", "probability"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        if args.json:
+            data.write_json(args.json, rows)
         return
     runs, failed = [], []
     for path in args.ckpt:
@@ -543,14 +543,14 @@ def main(argv=None):
             runs.append(results)
         except (UserError, OSError) as e:  # the others' results stand
             failed.append(str(e) if path in str(e) else f"{path}: {e}")
-    if args.json and runs:
-        data.write_json(args.json, dict(units=UNITS, runs=runs))
     if len(args.ckpt) > 1 and runs:
         print_summary(runs)
     elif runs:
         print_report(results)
         if args.pictures:
             plot_all(results, plots, Path(args.pictures))
+    if args.json and runs:
+        data.write_json(args.json, dict(units=UNITS, runs=runs))
     if failed:
         raise UserError("; ".join(failed))
 

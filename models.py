@@ -164,7 +164,9 @@ class Classifier(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.encoder.train(mode and not self.freeze_norm)
+        for m in self.encoder.modules():
+            if self.freeze_norm and isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
         return self
 
     def forward(self, x):

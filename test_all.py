@@ -506,6 +506,10 @@ def test_data_frames_equal_a_slow_loop_and_lose_no_event(n, sensor, size):
         frames = data.to_frames(given, 4, sensor, size)
         assert frames.dtype == np.uint8 and frames.sum(dtype=int) == n
         assert np.array_equal(frames, slow_frames(events, 4, sensor, size))
+    for p in -1, 0, 1:  # a single polarity
+        signed["p"] = p
+        on = data.to_frames(signed, 4, sensor, size)[:, 1]
+        assert on.sum(dtype=int) == (n if p > 0 else 0)
 
 
 def test_data_frames_count_to_32767():
@@ -530,6 +534,9 @@ def test_data_frames_equal_spikingjelly(monkeypatch, split_by, frames_by):
     assert np.array_equal(frames, expected)
     seconds = np.rec.fromarrays([events["t"] / 1e6, *(events[f] for f in "xyp")], names="t,x,y,p")
     in_seconds = data.to_frames(seconds, 4, (16, 16), 16, frames_by)
+    epoch = events.astype([("x", int), ("y", int), ("t", np.uint64), ("p", bool)])
+    epoch["t"] += 2**60 + 1
+    assert np.array_equal(data.to_frames(epoch, 4, (16, 16), 16, frames_by), expected)
     # "//" makes microsecond frames up to 1 us shorter, so that a few events change places
     difference = in_seconds.sum((1, 2, 3), dtype=int) - frames.sum((1, 2, 3), dtype=int)
     assert abs(difference).max() <= 3
@@ -703,10 +710,11 @@ def test_data_other_settings_or_functions_make_frames_anew(tmp_path, monkeypatch
             (data.READERS, ".npy", functools.partial(read_inverted, columns="xytp")),
             (data.READERS, ".npy", read_inverted), (vars(data), "read_file", read_inverted),
             (vars(data), "validate_events", read_inverted), (vars(data), "to_frames", slow_frames),
-            (data.READERS, ".bin", read_inverted)]:  # which no recording needs
+            (data.READERS, ".bin", read_inverted),  # which no recording needs
+            (data.READERS, ".npy", functools.partial(np.fromfile, dtype="i4"))]:  # has no source
         monkeypatch.setitem(functions, name, function)
         keys.append(data.cache_key([("test", "a", "1.npy")], data.read_file, {}))
-    assert len(set(keys)) == 5 and keys[4] == keys[5]
+    assert len(set(keys)) == 6 and keys[4] == keys[5]
 
 
 def test_data_folder_names_classes_that_are_not_in_both_parts(tmp_path, capsys):
@@ -898,16 +906,25 @@ def test_eval_probe_solves_what_is_linear_only():
     z, z_test, rule = torch.randn(200, 6), torch.randn(100, 6), torch.randn(6, 3)
     y, y_test = (z @ rule).argmax(1), (z_test @ rule).argmax(1)
     z, z_test = 100 + 9 * z, 100 + 9 * z_test
+    # the head is the minimum of the penalised loss of standardised features: no gradient is left
+    mean, std, head = z.mean(0), z.std(0, correction=0), models.fit_linear(z, y, 3)
+    w = (head.weight * std).detach().requires_grad_()
+    logits = (z - mean) / std @ w.T + (head.bias + head.weight @ mean).detach()
+    loss = -logits.log_softmax(1)[torch.arange(200), y].mean() + 1e-3 / 2 * (w * w).sum()
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-4 < 1e-3 * w.abs().max()
     assert evaluation.linear_probe_accuracy(z, y, z_test, y_test) > 0.9
     assert evaluation.linear_probe_accuracy(z, y[torch.randperm(200)], z_test, y_test) < 0.6
 
 
 @pytest.mark.parametrize("correct, n, low, high", [
-    (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0, 16.11), (1, 29, 0.61, 17.18)])
+    (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0, 16.11), (1, 29, 0.61, 17.18),
+    (100, 100, 96.30, 100)])
 def test_eval_wilson_equals_the_published_intervals(correct, n, low, high):
-    """Newcombe 1998, table I, method 3."""
-    expected = pytest.approx([100 * correct / n, low, high], abs=0.006)
-    assert evaluation.wilson_interval(correct, n) == expected
+    """Newcombe 1998, table I, method 3; and all correct."""
+    interval = evaluation.wilson_interval(correct, n)
+    assert interval == pytest.approx([100 * correct / n, low, high], abs=0.006)
+    assert 0 <= interval[1] < interval[2] <= 100
 
 
 def test_eval_accuracy_equals_loops():
@@ -1069,6 +1086,7 @@ def whole(shapes):
 def test_eval_json_holds_what_the_text_says(whole, tmp_path):
     lines, _ = run_eval(whole / "finetuned.pt", "--json", tmp_path / "f.json")
     (r,), text = json.loads((tmp_path / "f.json").read_text())["runs"], "\n".join(lines)
+    assert r["alignment"] > 0 > r["uniformity"]
     assert lines[-1] == f"test accuracy {r['accuracy']:.2f} % (last epoch, 12 recordings)"
     for says in (f"kNN {r['knn']:.2f} %, linear probe {r['probe']:.2f} % (12 test recordings)",
                  f"alignment {r['alignment']:.3f}, uniformity {r['uniformity']:.3f}",
@@ -1138,11 +1156,12 @@ def test_eval_summary_averages_runs_that_differ_only_in_the_seed(whole, tmp_path
     assert cells[2][:2] == [str(paths[1]), "-"] and len(cells) == 3
     changes = [dict(seed=1), dict(seed=1, init="same.pt"),  # of a seed, the first one counts
                dict(seed=2, out="o", root="r", device="d", resume=1, no_compile=0),
-               dict(seed=3, init="other.pt"), dict(lr=0.5), dict(queue_size=9)]
+               dict(seed=3, init="other.pt"), dict(seed=4, init="other.pt", init_kind="finetuned"),
+               dict(seed=5, init="other.pt", pretrain_on="other"), dict(lr=0.5), dict(queue_size=9)]
     runs = [run | dict(path=str(i), args=run["args"] | change, accuracy=90.0 + i**2)
             for i, change in enumerate(changes)]
     lines, _ = printed(evaluation.print_summary, runs)
-    assert len(lines) == 8 and lines[-1].startswith("mean of 3 seeds, 0 ...")
+    assert len(lines) == 10 and lines[-1].startswith("mean of 3 seeds, 0 ...")
     assert re.split(r"\s{2,}", lines[-1])[1] == "94.33 ± 4.51"  # of 90, 94 and 99
 
 
@@ -1209,6 +1228,81 @@ def test_train_labels_per_class(shapes):
     assert train.few_shot_subset(split, 0, 0) is split
     warnings = [f"warning: fewer than 21 recordings in class {c}" for c in "abc"]
     assert printed(train.few_shot_subset, split, 21, 0)[0] == warnings
+
+
+def before_the_loop(phase, split, **flags):
+    """Call train.pretrain or train.finetune -> (args, what it passes to train_phase)."""
+    flags = data.FOLDER_DEFAULTS | dict(
+        batch_size=6, queue_size=4, seed=0, init=None, device="cpu", no_compile=True) | flags
+    args = types.SimpleNamespace(**flags)
+    with mock.patch.object(train, "train_phase", side_effect=StopIteration) as train_phase:
+        with pytest.raises(StopIteration):
+            phase(models.build("spikformer-1-16", 16), split, args, {"log": []})
+    return args, train_phase.call_args.args
+
+
+@pytest.mark.parametrize("split_events", [True, False])
+def test_train_contrasts_two_views_of_a_recording(shapes, monkeypatch, split_events):
+    split = data.load(shapes, shapes.parent / "root", 2, 16)[0]
+    args, (_, net, _, compute_loss, *_) = before_the_loop(
+        train.pretrain, split, split_events=split_events)
+    augment, drawn, views = data.augment, [], []
+
+    def recorded(x, **ranges):
+        drawn.append((x, ranges, augment(x, **ranges)))
+        return drawn[-1][2]
+    monkeypatch.setattr(data, "augment", recorded)
+    net.register_forward_pre_hook(lambda net, inputs: views.extend(inputs))
+    x, y = next(train.mixed_batches(split, args))
+    assert compute_loss(x, y)[0].requires_grad
+    (x_q, ranges_q, view_q), (x_k, ranges_k, view_k) = drawn
+    assert ranges_q == ranges_k == data.AFFINE_AUG and views[0] is view_q and views[1] is view_k
+    assert (view_q != view_k).any((0, 2, 3, 4)).all()  # of each recording
+    assert torch.equal(x_q + x_k, x if split_events else 2 * x)
+    if not split_events:
+        assert torch.equal(x_q, x)
+
+
+def test_train_monitor_asks_the_neighbours_of_recordings_that_are_none(shapes, monkeypatch):
+    split = data.load(shapes, shapes.parent / "root", 2, 16)[0]
+    args, (*_, monitor) = before_the_loop(train.pretrain, split)
+    y = torch.tensor(split.labels)
+    noise, classes, unique = torch.randn(60, 60), 99 * F.one_hot(y, 60), torch.eye(60)
+    # told by the class in the average over time only; told by itself only
+    for z, expected in [([noise, classes - noise], 1), ([unique, unique], 1 / 3)]:
+        monkeypatch.setattr(models, "predict", lambda *_: torch.stack(z))
+        assert monitor() == pytest.approx(expected, abs=0.1)
+    once, again = ([y.tolist() for _, y in train.mixed_batches(split, args)] for _ in range(2))
+    assert once == again and sorted(sum(once, [])) == y.tolist()
+    assert min(len(set(labels)) for labels in once) > 1  # batches of mixed classes
+
+
+@pytest.mark.parametrize("pretrain_epochs", [2, 0])
+def test_train_finetunes_by_the_mean_over_time(shapes, monkeypatch, pretrain_epochs):
+    split = data.load(shapes, shapes.parent / "root", 2, 16)[0]
+    monkeypatch.setattr(train, "fit_head", lambda *_: None)
+    args, (_, net, _, compute_loss, *_) = before_the_loop(
+        train.finetune, split, pretrain_epochs=pretrain_epochs)
+    torch.nn.init.normal_(net.head.weight)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = 1.0
+    x, y = next(train.mixed_batches(split, args))
+    net.encoder.train()
+    net(x)  # the statistics with which neurons fire
+    assert net.train().encoder.training  # in a backbone of your own, dropout is active
+    before = copy.deepcopy(net.encoder.state_dict())
+    torch.manual_seed(1)
+    loss, accuracy = compute_loss(x, y)
+    kept = equal(net.encoder.state_dict(), before)
+    assert kept == (pretrain_epochs > 0)  # the statistics of batch norm
+    torch.manual_seed(1)
+    logits = net(data.augment(x, **args.finetune_aug))  # [T, B, classes]
+    assert (logits[0] != logits[1]).any() and not torch.equal(logits, net(x))
+    mean = (logits[0] + logits[1]) / 2
+    expected = sum(-row.log_softmax(0)[label] for row, label in zip(mean, y)) / len(y)
+    torch.testing.assert_close(loss, expected)
+    assert accuracy == sum(row.argmax() == label for row, label in zip(mean, y)) / len(y)
 
 
 def test_train_fits_the_head_to_the_frozen_encoder_first(shapes, whole, monkeypatch):
@@ -1316,19 +1410,23 @@ def test_train_resume_of_a_finished_run_trains_what_flags_add(shapes, whole, tmp
 
     def epochs(*flags):
         lines = run_tiny(shapes, run, "--resume", *flags)
-        changed[:] = [line for line in lines if line.startswith("from here on: ")]
+        changed[:] = [line for line in lines if re.match("from here on|too late", line)]
         assert lines[-1] == run_eval(run / "finetuned.pt")[0][-1]  # test accuracy ...
         test = (run / "log.csv").read_text().splitlines()[-1]
         assert re.fullmatch(rf"test,,,{float(lines[-1].split()[2]) / 100:.4f},+", test)
         return [line.split(":")[0] for line in lines if re.match(r"(pretrain|finetune) \d", line)]
-    assert epochs("--alpha", "1") == [] == changed and same_run(whole, run)  # it comes too late
-    assert torch.load(run / "pretrained.pt")["args"]["alpha"] == 0.5
+    assert epochs("--alpha", "1", "--labels-per-class", "3") == [] and same_run(whole, run)
+    assert changed == [
+        "too late: labels_per_class 3, it stays 0", "too late: alpha 1.0, it stays 0.5"]
+    saved = torch.load(run / "finetuned.pt")["args"]
+    assert (saved["alpha"], saved["labels_per_class"]) == (0.5, 0)
     rates = [row["lr"] for row in read_log(run)]
     assert rates == ["4.00e-04", "1.00e-03"] * 2
-    more = ["--epochs", "4", "--weight-decay", "0.5"]
+    more = ["--epochs", "4", "--weight-decay", "0.5", "--batch-size", "4"]
     assert epochs(*more) == ["finetune 3/4", "finetune 4/4"]
     assert changed == [
-        "from here on: epochs 4, not 2", "from here on: weight_decay 0.5, not 0.06"]
+        "from here on: epochs 4, not 2", "from here on: weight_decay 0.5, not 0.06",
+        "from here on: batch_size 4, not 6"]
     assert same(whole, run, "pretrained.pt") and not same(whole, run, "finetuned.pt")
     assert read_log(run)[:4] == read_log(whole) and len(read_log(run)) == 6
     state = torch.load(run / "state.pt")
@@ -1354,7 +1452,9 @@ def test_train_init_takes_the_encoder_of_either_kind(shapes, whole, tmp_path):
     was, args = (torch.load(out / "finetuned.pt")["args"] for out in (whole, tmp_path / "init"))
     assert args == was | {k: args[k] for k in ("init", "out")}  # how the encoder was made
     ckpt, encoder = whole / "finetuned.pt", models.build("spikformer-1-16", 16)
-    train.load_pretrained_encoder(encoder, types.SimpleNamespace(init=ckpt, image_size=16))
+    args = types.SimpleNamespace(init=ckpt, image_size=16, dataset="other")
+    train.load_pretrained_encoder(encoder, args)
+    assert (args.init_kind, args.pretrain_on) == ("finetuned", was["dataset"])
     assert equal(encoder.state_dict(), models.load_model(ckpt)[0].encoder.state_dict())
 
 
@@ -1373,7 +1473,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(shapes, whole, tmp_path, monke
     assert same_run(whole, tmp_path / "a")
 
 
-def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkeypatch):
+def test_train_numbers_its_folders_and_resumes_the_last(shapes, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, out in [("", "runs/shapes"), ("", "runs/shapes-2"), ("--resume", "runs/shapes-2"),
                        ("--out runs/shapes-4", "runs/shapes-4"), ("--resume", "runs/shapes-4"),
@@ -1381,6 +1481,12 @@ def test_train_numbers_its_folders_and_resumes_the_last(shapes, tmp_path, monkey
         args = train.parse_args(["--dataset", str(shapes), "--device", "cpu", *flags.split()])
         printed(train.make_run_dir, args, ["a", "b", "c"])
         assert args.out == out and Path(out, "log.csv").exists()
+    shutil.copytree(whole, "runs/shapes-6")
+    shutil.copytree(shapes, "other/shapes")  # another folder of this name
+    flags = ["--dataset", "other/shapes", "--root", "root", *TINY, "--resume"]
+    with pytest.raises(data.UserError, match="runs/shapes-6/state.pt was made with dataset"):
+        train.main(flags)
+    printed(train.main, [*flags, "--out", "runs/shapes-6"])  # the folder has moved
 
 
 def test_train_under_torchrun(shapes, whole, tmp_path):
@@ -1491,6 +1597,8 @@ def error_of(script, *argv):
     "--out WHOLE -> holds a run already: add --resume", "--resume --out FOLDER -> state.pt",
     "--resume --out WHOLE --arch spikformer-1-32 -> arch spikformer-1-16, not spikformer-1-32",
     "--resume --out WHOLE --queue-size 9 -> queue_size 8, not 9",
+    "--resume --out WHOLE --n-frames 3 -> n_frames 2, not 3",
+    "--resume --out WHOLE --frames-by time -> frames_by count, not time",
     "--resume --out WHOLE --image-size 8 -> image_size 16, not 8",
     "--resume --out WHOLE --seed 1 -> seed 0, not 1",
     "--resume --out WHOLE --init CKPT -> init None, not",
@@ -1680,11 +1788,14 @@ def test_own_new_recordings_are_all_tested(whole, shapes, tmp_path):
         assert lines[-1] == own and "12 recordings" in own
 
 
-def test_own_results_of_others_stand_if_one_fails(whole, tmp_path):
+def test_own_results_stand_if_others_or_the_file_fail(whole, tmp_path, capsys):
     good = whole / "finetuned.pt"
     with pytest.raises(data.UserError, match="none.pt"):
         run_eval(good, tmp_path / "none.pt", good, "--json", tmp_path / "f.json")
     assert len(json.loads((tmp_path / "f.json").read_text())["runs"]) == 2
+    with pytest.raises(OSError):  # the text comes first
+        evaluation.main(["--ckpt", str(good), "--json", f"{good}/f.json", "--device", "cpu"])
+    assert "\ntest accuracy " in capsys.readouterr().out
 
 
 def test_own_folder_at_another_place_has_the_same_test_until_it_grows(tmp_path):
@@ -1730,6 +1841,30 @@ def test_own_links_in_a_loop_and_a_reader_that_dies_end(tmp_path, monkeypatch):
     monkeypatch.setitem(data.READERS, ".npy", lambda path: os._exit(9))
     with pytest.raises(data.UserError, match="lack of memory"):
         load_folder(tmp_path, 3)
+
+
+def beat(events, key):
+    for _ in range(2000):  # at least 20 seconds
+        Path(key).with_suffix(".beat").touch()
+        time.sleep(0.01)
+
+
+def read_slowly(path):
+    list(data.map_recordings(beat, [("train", "a", str(path))], data.read_file))
+
+
+def test_own_workers_end_with_a_process_that_is_killed(tmp_path):
+    write(tmp_path / "1.npy", recording(60))
+    other = multiprocessing.Process(target=read_slowly, args=(tmp_path / "1.npy",))
+    other.start()
+    while not (tmp_path / "1.beat").exists():
+        time.sleep(0.01)
+    other.kill()
+    beats = []
+    while len(beats) < 2 or beats[-1] != beats[-2]:
+        assert len(beats) < 10
+        beats.append((tmp_path / "1.beat").stat().st_mtime_ns)
+        time.sleep(1)
 
 
 def test_own_predictions_and_features(whole, shapes, tmp_path):

@@ -60,7 +60,7 @@ def main(argv=None):
           f"{len(labelled.labels)} labels to fine-tune with")
 
     # ============ pre-training, without labels ============
-    if args.pretrain_epochs and not args.init:
+    if args.pretrain_epochs and not args.init and "finetune" not in state:  # it would be over
         pretrain(encoder, unlabelled, args, state)
     if args.epochs == 0:
         print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/pretrained.pt")
@@ -336,23 +336,29 @@ def few_shot_subset(train, labels_per_class, seed):
     return data.select(train, chosen)
 
 
-# What pre-training depends on: --init and --resume take it from the run that pre-trained.
+# What each phase depends on. --init and --resume take it from the run that pre-trained; of a phase
+# that is over, --resume changes nothing.
 PRETRAINING = [
     "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
     "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
+FINETUNING = ["labels_per_class", "lr", "finetune_aug", "weight_decay", "batch_size"]
 
 
 def load_pretrained_encoder(encoder, args):
     """Copy the encoder of the checkpoint --init, of either kind, and the flags that made it."""
     source, checkpoint = models.load_model(args.init)
-    source = source.encoder if checkpoint["kind"] == "finetuned" else source
     was = checkpoint["args"]
+    if checkpoint["kind"] == "finetuned":
+        source = source.encoder
+        args.init_kind = "finetuned"  # has seen labels: eval.py averages no others with it
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
         raise UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, "
                         f"this run builds {args.arch} for {args.image_size}")
     vars(args).update({name: was[name] for name in PRETRAINING if name in was})
+    if args.pretrain_on is None and was["dataset"] != args.dataset:
+        args.pretrain_on = was["dataset"]
     if args.pretrain_size != args.image_size:
         print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
               f"{args.image_size}: the network pools at other places and sees other sizes")
@@ -397,13 +403,17 @@ def make_run_dir(args, classes):
 
 
 def load_state(path, args, classes):
-    """Read state.pt and print what flags change; if pre-training goes on, drop the fine-tuning."""
+    """Read state.pt -> the state to continue; print changed flags, and undo those too late."""
     given = vars(args) | {"classes": classes}
-    fixed = ["classes", "arch", "image_size", "seed", "init", "pretrain_on"]
+    fixed = ["classes", "arch", "image_size", "n_frames", "frames_by", "sensor", "seed", "init"]
+    if not args.init:
+        fixed.append("pretrain_on")
+    if not args.out:  # the last run of this name may be of another folder with this name
+        fixed.append("dataset")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "pretrain" in state:
-            fixed += ["n_frames", "queue_size"]  # the shape of the queue
+            fixed.append("queue_size")
         saved = state["args"] | {"classes": state["classes"]}
         wrong = [f"{name} {saved[name]}, not {given[name]}" for name in fixed
                  if saved[name] != given[name]]
@@ -412,15 +422,16 @@ def load_state(path, args, classes):
         pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume: {path}: {data.format_error(e)}")
-    done = len(pretrain_log)
-    if not args.init and done < args.pretrain_epochs:
-        if done == 0:  # the state is of fine-tuning
+    too_late = []  # flags of what is trained already
+    if not args.init and len(pretrain_log) < args.pretrain_epochs:
+        if not pretrain_log:  # the state is of fine-tuning
             wrong.append("no pre-training")
-        state.pop("finetune", None)
+        state.pop("finetune", None)  # it starts again when pre-training has ended
         state["log"] = pretrain_log
-    elif done:  # other flags of pre-training come too late
-        vars(args).update({name: saved[name] for name in PRETRAINING
-                           if name in saved and name != "pretrain_epochs"})
+    else:
+        too_late += PRETRAINING
+        if args.epochs == state.get("finetune", {"epoch": 0})["epoch"]:
+            too_late += FINETUNING
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and epochs < state[phase]["epoch"]:
             wrong.append(f"{state[phase]['epoch']} epochs of {phase}, not {epochs}")
@@ -428,7 +439,12 @@ def load_state(path, args, classes):
         raise UserError(f"--resume: {path} was made with {wrong[0]}")
     for name, value in vars(args).items():
         was = saved.get(name)  # None: of a flag that train.py has got since
-        if value != was and name not in ("out", "root", "device", "resume", "no_compile"):
+        if value == was or name in ("out", "root", "device", "resume", "no_compile"):
+            continue
+        if name in too_late and name in saved:
+            print(f"too late: {name} {value}, it stays {was}")
+            setattr(args, name, was)
+        else:
             print(f"from here on: {name} {value}, not {was}")
     return state
 
