@@ -189,7 +189,7 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     off = p.min() if n and p.min() < p.max() else 0
     pixel = ((p > off) * np.int32(size) + y) * size + x  # place in a flattened [2, size, size]
     if frames_by == "time" and n:
-        t = t - t[0]  # small: the product below is float64 if t is uint64
+        t = t - t[0]  # small, because uint64 becomes float64 in the product below
         if t.dtype.kind in "iu":
             duration = t[-1] // n_frames  # as in SpikingJelly
             if t[-1] and not duration:
@@ -288,8 +288,8 @@ def cache_key(recordings, read, settings):
     for f in map(functools.partial, functions):  # all have .func and .keywords now
         try:
             code.append(inspect.getsource(f.func) + repr(f.keywords))
-        except TypeError:  # written in C, as np.fromfile
-            code.append(repr(f))
+        except TypeError:  # no source: written in C, as np.fromfile, or an object
+            code.append(re.sub(" at 0x[0-9A-Fa-f]+", "", repr(f)))
     made_from = json.dumps([recordings, stats, settings, code, FIELDS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
@@ -345,12 +345,12 @@ def map_recordings(measure, recordings, read):
 
 
 def start_worker():
-    """Leave Ctrl-C to the main process, and end when that has ended, be it by kill -9."""
+    """Leave Ctrl-C to the main process, and end when that ends, even by kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow():
         multiprocessing.parent_process().join()
-        os._exit(1)
+        os._exit(1)  # sys.exit would end this thread only
     threading.Thread(target=follow, daemon=True).start()
 
 

@@ -348,7 +348,7 @@ def print_summary(runs):
     by_recipe, rows = defaultdict(dict), []
     for run in runs:
         settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
-        # what may differ between seeds, each of which may have its own --init, but of one kind
+        # what may differ between seeds, each of which may have its own --init
         for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
             del settings[name]
         by_recipe[json.dumps(settings)].setdefault(run["args"]["seed"], run)
@@ -547,10 +547,10 @@ def main(argv=None):
         print_summary(runs)
     elif runs:
         print_report(results)
-        if args.pictures:
-            plot_all(results, plots, Path(args.pictures))
     if args.json and runs:
         data.write_json(args.json, dict(units=UNITS, runs=runs))
+    if args.pictures and runs:
+        plot_all(results, plots, Path(args.pictures))
     if failed:
         raise UserError("; ".join(failed))
 

@@ -59,8 +59,8 @@ def main(argv=None):
     print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test, "
           f"{len(labelled.labels)} labels to fine-tune with")
 
-    # ============ pre-training, without labels ============
-    if args.pretrain_epochs and not args.init and "finetune" not in state:  # it would be over
+    # ============ pre-training, without labels; over once there is fine-tuning ============
+    if args.pretrain_epochs and not args.init and "finetune" not in state:
         pretrain(encoder, unlabelled, args, state)
     if args.epochs == 0:
         print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/pretrained.pt")
@@ -336,8 +336,8 @@ def few_shot_subset(train, labels_per_class, seed):
     return data.select(train, chosen)
 
 
-# What each phase depends on. --init and --resume take it from the run that pre-trained; of a phase
-# that is over, --resume changes nothing.
+# The flags of each phase. --init takes those of pre-training from its checkpoint, and --resume
+# keeps those of a phase that is over. Batch size and weight decay serve both phases, to the end.
 PRETRAINING = [
     "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
     "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
@@ -350,7 +350,7 @@ def load_pretrained_encoder(encoder, args):
     was = checkpoint["args"]
     if checkpoint["kind"] == "finetuned":
         source = source.encoder
-        args.init_kind = "finetuned"  # has seen labels: eval.py averages no others with it
+        args.init_kind = "finetuned"  # it has seen labels, so eval.py keeps it apart
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
@@ -403,13 +403,14 @@ def make_run_dir(args, classes):
 
 
 def load_state(path, args, classes):
-    """Read state.pt -> the state to continue; print changed flags, and undo those too late."""
+    """Read state.pt -> the state to continue; print the flags that change.
+
+    Those of a phase that is over keep their old values; others that cannot change raise UserError.
+    """
     given = vars(args) | {"classes": classes}
     fixed = ["classes", "arch", "image_size", "n_frames", "frames_by", "sensor", "seed", "init"]
     if not args.init:
         fixed.append("pretrain_on")
-    if not args.out:  # the last run of this name may be of another folder with this name
-        fixed.append("dataset")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "pretrain" in state:
@@ -419,19 +420,22 @@ def load_state(path, args, classes):
                  if saved[name] != given[name]]
         if saved["recordings"] != args.recordings:
             wrong.append("recordings of other names or in another split")
+        if saved["dataset"] != args.dataset and not args.out:  # both are runs/<the same name>
+            wrong.append(f"dataset {saved['dataset']}, not {args.dataset}; if that has moved, pass "
+                         "--out")
         pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume: {path}: {data.format_error(e)}")
-    too_late = []  # flags of what is trained already
+    too_late = []  # flags of phases that are over
     if not args.init and len(pretrain_log) < args.pretrain_epochs:
         if not pretrain_log:  # the state is of fine-tuning
             wrong.append("no pre-training")
         state.pop("finetune", None)  # it starts again when pre-training has ended
         state["log"] = pretrain_log
-    else:
-        too_late += PRETRAINING
-        if args.epochs == state.get("finetune", {"epoch": 0})["epoch"]:
-            too_late += FINETUNING
+    elif pretrain_log:
+        too_late += [name for name in PRETRAINING if name != "pretrain_epochs"]
+    if "finetune" in state and args.epochs == state["finetune"]["epoch"]:
+        too_late += FINETUNING
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and epochs < state[phase]["epoch"]:
             wrong.append(f"{state[phase]['epoch']} epochs of {phase}, not {epochs}")
@@ -442,7 +446,7 @@ def load_state(path, args, classes):
         if value == was or name in ("out", "root", "device", "resume", "no_compile"):
             continue
         if name in too_late and name in saved:
-            print(f"too late: {name} {value}, it stays {was}")
+            print(f"too late, its phase is over: {name} stays {was}, not {value}")
             setattr(args, name, was)
         else:
             print(f"from here on: {name} {value}, not {was}")
