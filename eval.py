@@ -10,13 +10,13 @@ time; kNN and linear probe learn from them with all training labels.
 Tests: python -m pytest test_all.py -k eval
 """
 import argparse
+import contextlib
 import copy
 import csv
 import functools
 import importlib.util
 import json
-import math
-import re
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -28,20 +28,11 @@ import torch.nn.functional as F
 import data
 import models
 import neuron
-from data import UserError
 from loss import chance_level
 
-# The columns of a summary, and their units.
 UNITS = dict(accuracy="%", knn="%", probe="%", alignment="", uniformity="", rate="%", energy="uJ")
-# uJ of a multiply-accumulate (MAC; not the loss of that name) and of an accumulate, at 45 nm
-E_MAC, E_AC = 4.6e-6, 0.9e-6
-ENERGY_NOTE = """\
-  theoretical energy at 45 nm: 4.6 pJ per multiply-accumulate (MAC) in the first layer and where the
-  input is no sum of spikes, else 0.9 pJ per synaptic operation (MACs x mean input); batch norm is
-  folded into the weights; membranes and memory cost nothing"""
+E_MAC, E_AC = 4.6e-6, 0.9e-6  # uJ a multiply-accumulate (MAC; not the loss) and accumulate, 45 nm
 
-
-# ----------------------------------------------------------- metrics: tensors in and numbers out
 
 def wilson_interval(correct, n, z=1.959964):
     """Compute [share, lower, upper end of its 95 % interval] in percent (Wilson 1927)."""
@@ -56,41 +47,28 @@ def accuracy_line(accuracy, recordings):
     return f"test accuracy {accuracy:.2f} % (last epoch, {recordings} recordings)"
 
 
-def accuracy_metrics(logits, labels, classes):
-    """Compare logits [T, N, C] with labels [N] -> dict.
+def accuracy_metrics(logits, labels):
+    """Compare logits [T, N, C] with labels [N] -> dict, in percent but for confusion.
 
-    In percent: accuracy and its interval [low, high]; steps: [accuracy, low, high] after each of 1
-    to T steps; top5 (None up to 10 classes); by_class (None: no test recordings). In recordings:
-    confusion [C][C], a row per true class; worst: the five most frequent errors [count, true,
-    predicted].
+    steps: [accuracy, low, high] after 1 to T; confusion [C][C]: recordings, a row per true class.
     """
     _, N, C = logits.shape
     preds = logits.cumsum(0).argmax(2)  # [T, N]; the largest sum of steps 1 to t
     steps = [wilson_interval(correct, N) for correct in (preds == labels).sum(1).tolist()]
-    top5 = None
-    if C > 10:
-        is_hit = logits.sum(0).topk(5).indices == labels[:, None]  # [N, 5]
-        top5 = 100 * is_hit.sum().item() / N
     confusion = torch.bincount(labels * C + preds[-1], minlength=C * C).view(C, C).tolist()
-    errors = [[n, classes[i], classes[j]] for i, row in enumerate(confusion)
-              for j, n in enumerate(row) if n and i != j]
-    return dict(
-        accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion, top5=top5,
-        by_class=[100 * row[c] / sum(row) if any(row) else None for c, row in enumerate(confusion)],
-        worst=sorted(errors, reverse=True)[:5])
+    by_class = [100 * row[c] / sum(row) if any(row) else None for c, row in enumerate(confusion)]
+    return dict(accuracy=steps[-1][0], interval=steps[-1][1:], steps=steps, confusion=confusion,
+                by_class=by_class)
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
-    """Compute weighted k-NN accuracy (Wu et al. 2018) of features [N, D], [M, D] -> 0 to 1.
-
-    The k nearest training features vote, each weighted by exp(cosine / temperature).
-    """
+    """Compute weighted k-NN accuracy (Wu et al. 2018) of features [N, D] and [M, D] -> 0 to 1."""
     train_features = F.normalize(train_features, dim=1)
     correct, k = 0, min(k, len(train_features))
     for z, y in zip(test_features.split(1024), test_labels.split(1024)):
         cosine, nearest = (F.normalize(z, dim=1) @ train_features.T).topk(k)  # [m, k]
         votes = F.one_hot(train_labels[nearest]) * (cosine / temperature).exp()[..., None]
-        correct += (votes.sum(1).argmax(1) == y).sum().item()  # of votes [m, k, classes]
+        correct += (votes.sum(1).argmax(1) == y).sum().item()  # of [m, k, classes]
     return correct / len(test_labels)
 
 
@@ -108,200 +86,146 @@ def alignment_uniformity(a, b, z):
     """
     a, b, z = (F.normalize(features.double(), dim=1) for features in (a, b, z))
     total = sum(torch.cdist(rows, z).square().mul(-2).exp().sum() for rows in z.split(1024))
-    pairs = len(z) * (len(z) - 1)  # total counts each recording with itself, as 1
+    others = total - len(z)  # less each recording with itself, which counts 1
     return dict(alignment=(a - b).square().sum(1).mean().item(),
-                uniformity=((total - len(z)) / pairs).log().item())
+                uniformity=(others / (len(z) * (len(z) - 1))).log().item())
 
 
 def spike_stats(model, batches):
     """Run a network over batches and count, by forward hooks, what its layers do.
 
-    Returns its outputs [T, N, D]; a dict of firing rate and silent neurons (no spike at all) in
-    percent, MACs, synaptic operations (0 where MACs are counted instead) and energy (uJ) per
-    recording, in all and by "layers"; and {layer: spikes [T, 16]}, of 16 neurons in the first
-    recording.
+    Returns outputs [T, N, D]; a dict, in all and by "layers": firing rate and silent neurons (no
+    spike in any recording) in percent; a recording's MACs, synaptic operations (0 where MACs take
+    the energy) and energy in uJ; and {layer: spikes [T, 16]} of 16 neurons, first recording.
     """
+    totals, spikes, rasters = defaultdict(lambda: np.zeros(3)), {}, {}  # by layer
     model = copy.deepcopy(model)  # because the hooks stay
-    layers, spikes, rasters = {}, {}, {}  # by name, in the order of calls
-    names = {module: re.sub(r"^encoder\.|\.conv$|\.lif$", "", name)
-             for name, module in model.named_modules()}  # conv and lif of a block are one layer
+    qkv = [m.qkv for m in model.modules() if isinstance(m, models.SpikingSelfAttention)]
 
     def count(name, x, macs):
-        # Analog, counted as multiply-accumulates: the first layer, on frames, and the head, on a
-        # mean over space. Elsewhere x is a sum of spikes, and an input of n counts as n operations.
-        analog = not layers or bool((x != x.round()).any())
-        layer = layers.setdefault(name, dict(layer=name, macs=0, operations=0.0, analog=False))
-        layer["macs"] += macs
-        layer["operations"] += macs * x.mean(dtype=torch.float32).item()
-        layer["analog"] |= analog
+        # MACs: the first layer (of frames) and means over space (head); else x is a sum of spikes.
+        real = not totals or (x != x.round()).any().item()
+        totals[name] += macs, macs * x.mean(dtype=torch.float32).item(), real
 
-    def on_product(module, inputs, out):
-        count(names[module], inputs[0], out.numel() * module.weight[0].numel())
+    def hook(name, module, inputs, out):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            count(name, inputs[0], out.numel() * module.weight[0].numel())
+        elif module in qkv:  # a spike in k or q adds a row of 16 numbers, of v or of k^T v
+            q_and_k = torch.stack(out.chunk(3, 2)[:2])  # of [T, B, 3C, H, W]
+            count(name.removesuffix(".qkv"), q_and_k, 16 * q_and_k.numel())
+        elif isinstance(module, neuron.LIF):  # out: [T, B, ...]
+            totals[name] += 0  # in a backbone of your own, no convolution may have its name
+            spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
+            neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
+            rasters.setdefault(name, out[:, 0].flatten(1).float().cpu()[:, neurons])
 
-    def on_qkv(module, inputs, out):  # out: [T, B, 3C, H, W]
-        # A spike in k or q adds a row of 16 numbers, of v or of k^T v; in the row of the attention.
-        q_and_k = torch.stack(out.chunk(3, 2)[:2])
-        count(names[module].removesuffix(".qkv"), q_and_k, 16 * q_and_k.numel())
-
-    def on_lif(module, inputs, out):  # out: [T, B, ...]
-        name = names[module]
-        if name not in layers:  # no convolution has its name: in a backbone of your own
-            count(name, out.new_zeros(1), 0)
-        spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
-        neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
-        rasters.setdefault(name, out[:, 0].flatten(1).float().cpu()[:, neurons])
-
-    for module in names:
-        if isinstance(module, neuron.LIF):
-            module.register_forward_hook(on_lif)
-        elif isinstance(module, models.SpikingSelfAttention):
-            module.qkv.register_forward_hook(on_qkv)
-        elif isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.register_forward_hook(on_product)
+    for name, module in model.named_modules():  # conv and lif of a block are one layer
+        name = name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif")
+        module.register_forward_hook(functools.partial(hook, name))
     outputs = models.predict(model, batches)
-    return outputs, summarise(list(layers.values()), spikes, *outputs.shape[:2]), rasters
-
-
-def summarise(layers, spikes, T, N):
-    """Turn what spike_stats counted in N recordings of T steps into its dict."""
-    def firing(counts):
-        return dict(rate=100 * counts.mean().item() / (T * N),
-                    silent=100 * (counts == 0).float().mean().item())
-
-    for layer in layers:
-        analog = layer.pop("analog")
-        layer["macs"] /= N
-        layer["operations"] = 0.0 if analog else layer["operations"] / N
-        layer["energy"] = E_MAC * layer["macs"] if analog else E_AC * layer["operations"]
-        if layer["layer"] in spikes:
-            layer |= firing(spikes[layer["layer"]])
-    stats = {k: sum(layer[k] for layer in layers) for k in ("macs", "operations", "energy")}
+    T, N, _ = outputs.shape
     if spikes:  # a network of other neurons has none
-        stats |= firing(torch.cat([counts.flatten() for counts in spikes.values()]))
-    return stats | dict(layers=layers, energy_dense=E_MAC * stats["macs"])
+        spikes["all layers"] = torch.cat([counts.flatten() for counts in spikes.values()])
+    firing = {name: dict(rate=100 * counts.mean().item() / (T * N),
+                         silent=100 * (counts == 0).float().mean().item())
+              for name, counts in spikes.items()}
+    layers = []
+    for name, total in totals.items():
+        macs, operations, real = (total / (N, N, 1)).tolist()
+        layer = dict(layer=name, macs=macs, operations=0.0 if real else operations)
+        layer["energy"] = E_MAC * macs if real else E_AC * operations
+        layers.append(layer | firing.get(name, {}))
+    stats = {k: sum(layer[k] for layer in layers) for k in ("macs", "operations", "energy")}
+    stats |= firing.get("all layers", {}) | dict(layers=layers, energy_dense=E_MAC * stats["macs"])
+    return outputs, stats, rasters
 
-
-# ------------------------------------------------------------------------------- one checkpoint
 
 def evaluate(path, args):
     """Evaluate a checkpoint -> (results: a dict of all numbers, plots: what the pictures need)."""
     model, checkpoint = models.load_model(path, args.device)
-    train_args, classes, kind = (checkpoint[k] for k in ("args", "classes", "kind"))
-    models.limit_threads(train_args["image_size"])  # as train.py
-    train, test = load_data(path, checkpoint, args)
-    train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    was, classes, kind = (checkpoint[k] for k in ("args", "classes", "kind"))
+    encoder = model.encoder if kind == "finetuned" else model
+    models.prepare_cpu(was["image_size"])  # as train.py
+    train, test = load_data(checkpoint, args)
+    y, y_test = torch.tensor(train.labels), torch.tensor(test.labels)
+    batches = functools.partial(data.batches, batch_size=was["batch_size"], device=args.device)
 
-    def batches(split):
-        return data.batches(split, train_args["batch_size"], args.device)
-
-    # accuracy, spikes and energy
     outputs, results, rasters = spike_stats(model, batches(test))  # [T, N, classes or features]
-    results |= dict(path=path, kind=kind, dataset=args.dataset or train_args["dataset"],
-                    recordings=len(test_labels), args=train_args, classes=classes,
+    results |= dict(path=path, kind=kind, dataset=args.dataset or was["dataset"], args=was,
+                    recordings=len(y_test), classes=classes,
                     parameters=sum(p.numel() for p in model.parameters()))
     if kind == "finetuned" and set(test.classes) <= set(classes):
-        checkpoint_label = torch.tensor([classes.index(c) for c in test.classes])
-        results |= accuracy_metrics(outputs, checkpoint_label[test_labels], classes)
+        place = torch.tensor([classes.index(c) for c in test.classes])
+        results |= accuracy_metrics(outputs, place[y_test])
 
-    # the frozen encoder
-    encoder = model.encoder if kind == "finetuned" else model
-    features = outputs.mean(0)  # [N, D]
-    if kind == "finetuned":  # outputs are logits
-        features = models.predict(encoder, batches(test)).mean(0)
-    train_features = features[:0]
-    if len(train_labels):  # none if all recordings of --dataset are tested
-        train_features = models.predict(encoder, batches(train)).mean(0)
-    if len(train_labels) and len(train.classes) > 1:
-        splits = train_features, train_labels, features, test_labels
-        results |= dict(knn=100 * knn_accuracy(*splits), probe=100 * linear_probe_accuracy(*splits))
+    def encode(split, view=lambda x: x):
+        views = ((view(x), None) for x, _ in batches(split))
+        return models.predict(encoder, views).mean(0)  # [N, D]
+    z_test = encode(test)
+    z = encode(train) if len(y) else z_test[:0]
+    if len(y) and len(train.classes) > 1:
+        results |= dict(knn=100 * knn_accuracy(z, y, z_test, y_test),
+                        probe=100 * linear_probe_accuracy(z, y, z_test, y_test))
     if args.features:
-        arrays = dict(classes=test.classes, train_names=train.names, test_names=test.names,
-                      train_labels=train_labels, test_labels=test_labels,
-                      train_features=train_features, test_features=features)
-        if kind == "finetuned":
-            head = copy.deepcopy(model.head).cpu().requires_grad_(False)
-            # linear, so of mean features the mean logits
-            arrays |= dict(logit_classes=classes, train_logits=head(train_features),
-                           test_logits=head(features))
+        logits = dict(test_logits=outputs.mean(0), logit_classes=classes)
         Path(args.features).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(args.features, **arrays)
+        np.savez(args.features, classes=test.classes, train_names=train.names, train_labels=y,
+                 train_features=z, test_names=test.names, test_labels=y_test, test_features=z_test,
+                 **(logits if kind == "finetuned" else {}))
 
-    # two views as in pre-training, but without --split-events
-    torch.manual_seed(0)  # always the same ones
-    view = functools.partial(data.augment, **train_args["pretrain_aug"])
-    a, b = (models.predict(encoder, ((view(x), y) for x, y in batches(test))).mean(0)
-            for _ in range(2))
-    results |= alignment_uniformity(a, b, features)
-    return results, dict(test=test, view=view, features=features, rasters=rasters)
+    view = functools.partial(data.augment, **was["pretrain_aug"])  # without --split-events
+    torch.manual_seed(0)  # always the same views
+    results |= alignment_uniformity(encode(test, view), encode(test, view), z_test)
+    return results, dict(test=test, view=view, features=z_test, rasters=rasters)
 
 
-def load_data(path, checkpoint, args):
-    """Load the data of a checkpoint, or of --dataset -> (train, test); warn of what differs."""
-    train_args, classes = checkpoint["args"], checkpoint["classes"]
-    name = data.resolve(args.dataset or train_args["dataset"])
-    same = name == train_args["dataset"]
-    load = functools.partial(
-        data.load, name, args.root or train_args["root"], train_args["n_frames"],
-        train_args["image_size"], train_args["skip_broken"] or args.skip_broken,
-        args.sensor or (train_args["sensor"] if same else None), train_args["frames_by"],
-        args.columns or train_args["columns"])
-    # A classifier that knows the classes of another folder has nothing to learn from it: it is
-    # tested on the folder's Test, or on all recordings if there is neither Train nor Test.
-    test_only = not same and checkpoint["kind"] == "finetuned"
-    train, test = load(only="test" if test_only else None)
-    if test_only:
-        # Split as in training, do the names match? Then it is that folder at another place, and its
-        # training recordings must not be tested. New classes have to be learned by kNN and probe.
-        parts = data.split_by_class([(name.split("/")[0], name) for name in test.names])
-        split = data.fingerprint(*(
-            [name for part, _, name in parts if part == wanted] for wanted in ("train", "test")))
-        if split == train_args["recordings"]:
-            print(f"warning: {name} has the names of the training folder, so only its test "
-                  "recordings are tested", file=sys.stderr)
-        if split == train_args["recordings"] or not set(test.classes) <= set(classes):
-            train, test = load()
-    if same and data.fingerprint(train.names, test.names) != train_args["recordings"]:
-        print(f"warning: {name} holds other recordings than when {path} was trained: some of those "
-              "may be tested on now", file=sys.stderr)
-    if train_args["sensor"] != train.sensor:
-        print(f"warning: the sensor of {name} is {train.sensor}, the checkpoint's "
-              f"{train_args['sensor']}: if the camera is the same, pass --sensor", file=sys.stderr)
+def load_data(checkpoint, args):
+    """Load the data of a checkpoint, or --dataset without what was trained on -> (train, test)."""
+    was = checkpoint["args"]
+    name = data.resolve(args.dataset or was["dataset"])
+    # To a classifier, --dataset is a test set: its Test, or else all; it has nothing to learn.
+    only = "test" if args.dataset and checkpoint["kind"] == "finetuned" else None
+    with contextlib.redirect_stdout(sys.stderr):  # what is said of the data is no result
+        train, test = data.load(
+            name, args.root or was["root"], was["n_frames"], was["image_size"],
+            was["skip_broken"] or args.skip_broken, args.sensor or was["sensor"],
+            was["frames_by"], args.columns or was["columns"], only)
+        data.warn_of_other_frames(name, dict(sensor=test.sensor), was)
+        seen = np.union1d(checkpoint["trained_on"], train.ids)  # kNN and probe learn from train
+        left = ": left out" if args.dataset else ""  # else it is a warning only
+        rest = data.leave_out(test, seen, f"were trained on{left}")
+        test = rest if args.dataset else test
+    if not len(test.labels):
+        raise data.UserError(f"{name}: no recording that was not trained on")
     return train, test
 
 
 def predict_files(args):
     """Classify files, or all recordings below folders -> [{path, predicted, probability}]."""
     model, checkpoint = models.load_model(args.ckpt[0], args.device)
-    train_args, classes = checkpoint["args"], checkpoint["classes"]
-    models.limit_threads(train_args["image_size"])
+    was, classes = checkpoint["args"], checkpoint["classes"]
+    models.prepare_cpu(was["image_size"])
     if checkpoint["kind"] != "finetuned":
-        raise UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
-    files, rows = [], []
-    for path in map(Path, args.predict):
-        if path.is_dir():
-            files += sorted(path / f for f in data.files_below(path) if data.is_recording(f))
-        else:
-            files.append(path)
+        raise data.UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
+    files = []
+    for path in args.predict:
+        found = sorted(data.find_recordings(path)) if os.path.isdir(path) else [()]
+        files += [os.path.join(path, *parts) for parts in found]
     if not files:
-        raise UserError(f"--predict: no recordings in {', '.join(args.predict)}")
-
-    def to_frames(events, key):
-        return data.to_frames(events, *(
-            train_args[k] for k in ("n_frames", "sensor", "image_size", "frames_by")))
-    read = functools.partial(data.read_file, columns=args.columns or train_args["columns"])
-    if train_args["dataset"] in data.TONIC_DATASETS:
-        _, _, _, read, _ = data.TONIC_DATASETS[train_args["dataset"]]
-    for path in files:
-        frames, error = data.try_recording(str(path), to_frames, read)
-        if error and args.skip_broken:
-            print(f"warning: left out: {path}: {error}", file=sys.stderr)
-            continue
-        if error:
-            raise UserError(f"{path}: {error}")
+        raise data.UserError(f"--predict: no recordings in {', '.join(args.predict)}")
+    read = functools.partial(data.read_file, columns=args.columns or was["columns"])
+    if was["dataset"] in data.TONIC_DATASETS:
+        _, _, _, read, _ = data.TONIC_DATASETS[was["dataset"]]
+    sensor = data.named_sensor(files) or args.sensor or was["sensor"]
+    data.warn_of_other_frames("--predict", dict(sensor=sensor), was)
+    settings = dict(n_frames=was["n_frames"], sensor_size=sensor, size=was["image_size"],
+                    frames_by=was["frames_by"])
+    rows, broken = [], {}
+    for path, frames, _ in data.map_recordings(files, read, settings, broken):
         x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
-        probability = models.predict(model, [(x, None)]).mean(0)[0].softmax(0)  # [classes]
-        rows.append(dict(path=str(path), predicted=classes[probability.argmax()],
-                         probability=round(probability.max().item(), 4)))
+        probability, c = models.predict(model, [(x, None)]).mean(0)[0].softmax(0).max(0)
+        rows.append(dict(path=path, predicted=classes[c], probability=round(probability.item(), 4)))
+    data.report_broken(broken, len(files), args.skip_broken)
     return rows
 
 
@@ -316,21 +240,17 @@ def print_report(results):
             counts = "".join(f"{n or '.':>4}" for n in row) if few else ""
             share = "-" if share is None else f"{share:.2f} %"
             print(f"  {name:18} {share:>8} of {sum(row):<6}{counts}")
-        for n, true, pred in results["worst"]:
-            print(f"  {n} x {true} taken for {pred}")
         steps = ", ".join(f"{accuracy:.2f}" for accuracy, _, _ in results["steps"])
         print(f"accuracy after 1 to {len(results['steps'])} time steps: {steps} %")
-        top5 = "" if results["top5"] is None else f"; top-5 {results['top5']:.2f} %"
-        print("95 % interval {:.2f} to {:.2f} %".format(*results["interval"]) + top5)
+        print("95 % interval {:.2f} to {:.2f} %".format(*results["interval"]))
     elif results["kind"] == "finetuned":
         print(f"no accuracy: the checkpoint has other classes, {', '.join(results['classes'])}")
-    print("layer               rate, % silent, %           MACs     operations  energy, uJ")
+    print("layer               rate, % silent, %     dense MACs     operations  energy, uJ")
     for row in results["layers"] + [results | dict(layer="all")]:
-        rate = f"{row['rate']:9.2f} {row['silent']:9.2f}" if "rate" in row else " " * 19
-        print(f"{row['layer']:18} {rate} {row['macs']:14,.0f} {row['operations']:14,.0f} "
-              f"{row['energy']:11.4f}")
+        rate = "{rate:9.2f} {silent:9.2f}".format(**row) if "rate" in row else " " * 19
+        print("{layer:19}{} {macs:14,.0f} {operations:14,.0f} {energy:11.4f}".format(rate, **row))
     print(f"the same network without spikes, at all T steps: {results['energy_dense']:.4f} uJ")
-    print(ENERGY_NOTE)
+    print("a recording, 45 nm: 4.6 pJ a MAC of real numbers, 0.9 pJ an operation (MACs x input)")
     print("{parameters:,} parameters; alignment {alignment:.3f}, uniformity {uniformity:.3f}"
           .format(**results))
     if "knn" in results:
@@ -340,21 +260,23 @@ def print_report(results):
         print(accuracy_line(results["accuracy"], results["recordings"]))
 
 
-def print_summary(runs):
-    """Print a row per run, then mean ± deviation of those that differ only in the seed.
+def drop(flags, names):
+    """Drop flags by name, also inside pretrained: None, or the flags of --init's own run."""
+    kept = {name: value for name, value in flags.items() if name not in names}
+    return kept | dict(pretrained=kept["pretrained"] and drop(kept["pretrained"], names))
 
-    Of several with the same seed, the first one counts.
-    """
+
+def print_summary(runs):
+    """Print a row per run, then mean ± deviation of those that differ only in their seeds."""
     by_recipe, rows = defaultdict(dict), []
     for run in runs:
-        settings = run["args"] | dict(kind=run["kind"], dataset=run["dataset"])
-        # what may differ between seeds, each of which may have its own --init
-        for name in ("seed", "out", "root", "device", "resume", "no_compile", "init"):
-            del settings[name]
-        by_recipe[json.dumps(settings)].setdefault(run["args"]["seed"], run)
+        flags = drop(run["args"], ["out", "root", "device", "resume", "no_compile", "init"])
+        same = by_recipe[run["kind"], run["dataset"], json.dumps(drop(flags, ["seed"]))]
+        if same.setdefault(json.dumps(flags), run) is not run:
+            print(f"left out of the mean, since it repeats a run: {run['path']}", file=sys.stderr)
         rows.append((run["path"], [run]))
-    rows += [(f"mean of {len(same)} seeds, {same[0]['path']} ...", same)
-             for same in (list(runs.values()) for runs in by_recipe.values()) if len(same) > 1]
+    rows += [(f"mean of {len(same)} runs, {next(iter(same.values()))['path']} ...", same.values())
+             for same in by_recipe.values() if len(same) > 1]
     width = max(len(name) for name, _ in rows)
     print(" " * width, *(f"{k}, {unit}".strip(", ").rjust(15) for k, unit in UNITS.items()))
     for name, same in rows:
@@ -373,18 +295,16 @@ def print_summary(runs):
 def plot_all(results, plots, folder):
     """Draw the results as PNG files into folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = dict(frames=plot_frames(plots))
-    if len(plots["features"]) > 1:
-        figures["map"] = plot_map(plots)
-    if Path(results["path"]).with_name("log.csv").exists():
-        figures["curves"] = plot_curves(results)
-    if plots["rasters"]:  # a network of other neurons has none
-        figures["spikes"] = plot_spikes(results, plots["rasters"])
-    if "accuracy" in results:
-        figures["accuracy"] = plot_accuracy(results)
-    for name, figure in figures.items():
-        figure.suptitle(results["path"], size=8, color="grey", parse_math=False)
-        figure.savefig(folder / f"{name}.png")
+    pictures = [("frames", plot_frames, True),
+                ("map", plot_map, len(plots["features"]) > 1),
+                ("curves", plot_curves, Path(results["path"]).with_name("log.csv").exists()),
+                ("spikes", plot_spikes, plots["rasters"]),  # a network of other neurons has none
+                ("accuracy", plot_accuracy, "accuracy" in results)]
+    for name, plot, possible in pictures:
+        if possible:
+            figure = plot(results | plots)
+            figure.suptitle(results["path"], size=8, color="grey", parse_math=False)
+            figure.savefig(folder / f"{name}.png")
 
 
 def new_figure(width, height, rows=1, columns=1, **options):
@@ -394,17 +314,17 @@ def new_figure(width, height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def plot_frames(plots):
+def plot_frames(results):
     """Plot a recording and two views of it, a row each, eight frames at most."""
-    test, view = plots["test"], plots["view"]
+    test, view = results["test"], results["view"]
     x = torch.as_tensor(test.frames[len(test.labels) // 2])[:, None].float()  # [T, 1, 2, H, W]
     torch.manual_seed(0)
     rows = {"recording": x, "a view of it": view(x), "another view": view(x)}
-    shown = range(0, len(x), math.ceil(len(x) / 8))
+    shown = range(0, len(x), int(np.ceil(len(x) / 8)))
     figure, axes = new_figure(1.6 * len(shown) + 0.5, 5.2, 3)
     for [ax], (name, row) in zip(axes, rows.items()):
         # the root makes single events visible; white less red is bluish, white less blue orange
-        off, on = (row[shown, 0] / x.max().clamp(min=1)).sqrt().unbind(1)  # [frames, H, W]
+        off, on = (row[shown, 0] / x.max()).sqrt().unbind(1)  # [frames, H, W]
         colours = 1 - torch.stack([on, (on + off) / 2, off], -1)  # [frames, H, W, 3]
         ax.imshow(torch.cat(list(F.pad(colours, (0, 0, 1, 1), value=0.8)), 1).numpy())
         ax.set(ylabel=name, xticks=[], yticks=[])
@@ -413,9 +333,9 @@ def plot_frames(plots):
     return figure
 
 
-def plot_map(plots):
+def plot_map(results):
     """Plot the first two principal components of the features [N, D], coloured by class."""
-    test, z = plots["test"], plots["features"] - plots["features"].mean(0)
+    test, z = results["test"], results["features"] - results["features"].mean(0)
     _, s, directions = torch.linalg.svd(z, full_matrices=False)
     points, percent = z @ directions[:2].T, 100 * s.square() / s.square().sum()  # [N, 2]
     figure, [[ax]] = new_figure(9, 6.8)
@@ -431,45 +351,44 @@ def plot_map(plots):
 
 def plot_curves(results):
     """Plot loss and accuracy by epoch, from the log.csv beside the checkpoint."""
-    args, log = results["args"], defaultdict(list)
-    chance = dict(pretrain=chance_level(*(
-        args[k] for k in ("queue_size", "n_frames", "alpha", "beta"))))
+    log = np.genfromtxt(Path(results["path"]).with_name("log.csv"), "U8, f8, f8, f8, f8",
+                        delimiter=",", names=True, ndmin=1,
+                        usecols=("phase", "epoch", "loss", "accuracy", "knn"))
+    args = results["args"]
+    chance = chance_level(args["queue_size"], args["n_frames"], args["alpha"], args["beta"])
+    panels = [("pretrain", chance, "own key nearer than the queue", "kNN")]
     if results["kind"] == "finetuned":
-        chance["finetune"] = math.log(len(results["classes"]))
-    with open(Path(results["path"]).with_name("log.csv")) as f:
-        for row in csv.DictReader(f):
-            if row["phase"] in chance:
-                log[row["phase"]].append(row)
-    meaning = dict(pretrain="own key nearer than the queue", finetune="training recordings")
-    figure, axes = new_figure(9, 4.6, 2, len(log), sharex="col")
-    for (phase, rows), (top, bottom) in zip(log.items(), axes.T):
-        epoch, loss, accuracy, knn = np.array([
-            [float(row[k] or "nan") for row in rows] for k in ("epoch", "loss", "accuracy", "knn")])
-        top.plot(epoch, loss, ".-", ms=4)
-        top.axhline(chance[phase], color="grey", ls="--", label="chance")
-        top.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance[phase], *loss)))
-        bottom.plot(epoch, 100 * accuracy, ".-", ms=4, label=meaning[phase])
-        bottom.plot(epoch, 100 * knn, "o", label="kNN" if phase == "pretrain" else None)
+        panels += [("finetune", np.log(len(results["classes"])), "training recordings", None)]
+    panels = [panel for panel in panels if panel[0] in log["phase"]]
+    figure, axes = new_figure(9, 4.6, 2, len(panels), sharex="col")
+    for (phase, chance, meaning, knn), (top, bottom) in zip(panels, axes.T):
+        rows = log[log["phase"] == phase]
+        top.plot(rows["epoch"], rows["loss"], ".-", ms=4)
+        top.axhline(chance, color="grey", ls="--", label="chance")
+        top.set(title=phase, ylabel="loss", ylim=(0, 1.08 * max(chance, *rows["loss"])))
+        bottom.plot(rows["epoch"], 100 * rows["accuracy"], ".-", ms=4, label=meaning)
+        bottom.plot(rows["epoch"], 100 * rows["knn"], "o", label=knn)
         bottom.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 103))
+        bottom.xaxis.get_major_locator().set_params(integer=True)
         top.legend()
         bottom.legend()
     return figure
 
 
-def plot_spikes(results, rasters):
-    """Plot 16 neurons of each layer over time, rasters {layer: [T, 16]}, and its rates, energy."""
+def plot_spikes(results):
+    """Plot 16 neurons of each layer over time, and its firing rate, silent neurons, energy."""
     T, layers = results["args"]["n_frames"], results["layers"]
-    names, y = [layer["layer"] for layer in layers], range(len(layers))
+    names, y = [layer["layer"] for layer in layers], np.arange(len(layers))
     figure, [[raster, *bars]] = new_figure(
         9, 1.6 + 0.4 * len(y), 1, 4, sharey=True, width_ratios=[4, 2, 2, 2])
-    neurons = torch.cat([rasters.get(name, torch.zeros(T, 16)) for name in names], 1)
+    neurons = torch.cat([results["rasters"].get(name, torch.zeros(T, 16)) for name in names], 1)
     labels = dict(rate="firing rate, %", silent="silent neurons, %", energy="energy, µJ")
     for ax, (key, label) in zip(bars, labels.items()):
         ax.barh(y, [layer.get(key, 0) for layer in layers])
         ax.set_xlabel(label)
     raster.imshow(neurons.T.numpy(), "Greys", aspect="auto", interpolation="none",
                   extent=(0.5, T + 0.5, len(y) - 0.5, -0.5))
-    raster.hlines([i + 0.5 for i in y], 0.5, T + 0.5, color="C1", lw=0.8)  # between layers
+    raster.hlines(y + 0.5, 0.5, T + 0.5, color="C1", lw=0.8)  # between layers
     raster.set(title="16 neurons of each layer", xlabel="time step", yticks=y, yticklabels=names)
     raster.xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -504,7 +423,7 @@ def parse_args(argv):
     add("--dataset", help="data to test on, if not those of the checkpoint")
     add("--root", help="folder of downloads and frames, if not that of the checkpoint")
     add("--sensor", type=int, nargs=2, metavar=("W", "H"), help="size of a folder's sensor")
-    add("--columns", help="order of the columns of plain [N, 4] arrays, as xytp")
+    add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add("--predict", nargs="+", metavar="PATH",
         help="classify these recordings or folders of them, with the sensor of training")
@@ -517,8 +436,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if len(args.ckpt) > 1 and (args.pictures or args.predict or args.features):
         parser.error("--pictures, --predict and --features take a single --ckpt")
-    if args.predict and (args.dataset or args.sensor or args.features or args.pictures):
-        parser.error("--predict does not go with --dataset, --sensor, --features or --pictures")
+    if args.predict and (args.dataset or args.features or args.pictures):
+        parser.error("--predict does not go with --dataset, --features or --pictures")
     if args.pictures and not importlib.util.find_spec("matplotlib"):
         parser.error("--pictures needs matplotlib: pip install matplotlib")
     return args
@@ -528,9 +447,9 @@ def main(argv=None):
     args = parse_args(argv)
     neuron.COMPILE = not args.no_compile
     if args.predict:
-        rows = predict_files(args)
-        writer = csv.DictWriter(
-            sys.stdout, ["path", "predicted", "probability"], lineterminator="\n")
+        with contextlib.redirect_stdout(sys.stderr):  # what is said of the data is no result
+            rows = predict_files(args)
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         if args.json:
@@ -541,7 +460,7 @@ def main(argv=None):
         try:
             results, plots = evaluate(path, args)
             runs.append(results)
-        except (UserError, OSError) as e:  # the others' results stand
+        except (data.UserError, OSError) as e:  # the others' results stand
             failed.append(str(e) if path in str(e) else f"{path}: {e}")
     if len(args.ckpt) > 1 and runs:
         print_summary(runs)
@@ -552,15 +471,15 @@ def main(argv=None):
     if args.pictures and runs:
         plot_all(results, plots, Path(args.pictures))
     if failed:
-        raise UserError("; ".join(failed))
+        raise data.UserError("; ".join(failed))
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name
     try:
         main()
-    except (UserError, OSError) as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")

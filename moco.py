@@ -26,14 +26,14 @@ from loss import mix_info_nce
 class MoCo(nn.Module):
     """Wrap an encoder for pre-training. encoder_q holds the encoder itself: this trains it.
 
-    encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; dim: size of an embedding; queue_size: number
-    of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the query encoder, at 1 it
-    is frozen; temperature > 0, alpha, beta: see loss.py. Raises ValueError otherwise. After each
-    forward, .accuracy is the share of queries that, averaged over time, are nearer to their own key
-    than to all K negatives.
+    encoder: [T, B, 2, H, W] -> [T, B, encoder.dim]; n_frames: T; dim: size of an embedding;
+    queue_size: number of negatives K >= 1; momentum in [0, 1]: at 0 the key encoder copies the
+    query encoder, at 1 it is frozen; temperature > 0, alpha, beta: see loss.py. Raises ValueError
+    otherwise. After each forward, .accuracy is the share of queries that, averaged over time, are
+    nearer to their own key than to all K negatives.
     """
 
-    def __init__(self, encoder, dim=128, queue_size=4096, momentum=0.999, temperature=0.1,
+    def __init__(self, encoder, n_frames, dim=128, queue_size=4096, momentum=0.999, temperature=0.1,
                  alpha=0.5, beta=0.5):
         super().__init__()
         if queue_size < 1 or not 0 <= momentum <= 1 or temperature <= 0:
@@ -43,7 +43,9 @@ class MoCo(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.encoder_q = nn.Sequential(encoder, ProjectionHead(encoder.dim, dim))
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.register_buffer("queue", torch.empty(queue_size, 0, dim))  # T = 0: not known yet
+        # Random vectors of about the norm of embeddings: the loss rises while keys, harder to tell
+        # from the positive, replace them.
+        self.register_buffer("queue", torch.randn(queue_size, n_frames, dim))  # [K, T, dim]
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # slot of the oldest
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)
 
@@ -55,8 +57,6 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self.momentum_update()
             k = self.encoder_k(view_k)  # [T, B, dim]
-            if len(k) != self.queue.shape[1]:  # the first batch, or another T
-                self.init_queue(len(k))
 
         # loss; logits: those of MBC [B, 1 + K]
         loss, logits = mix_info_nce(q, k, self.queue, self.temperature, self.alpha, self.beta)
@@ -68,15 +68,6 @@ class MoCo(nn.Module):
             self.accuracy = (margin > 1e-5 / self.temperature).float().mean()
             self.dequeue_and_enqueue(k)
         return loss
-
-    def init_queue(self, T):
-        """Fill the queue [K, T, dim] with random vectors, of about the norm of embeddings.
-
-        The loss rises while keys, harder to tell from the positive, replace them. Call this before
-        torch.compile and load_state_dict, which need the queue's final shape.
-        """
-        K, _, dim = self.queue.shape
-        self.queue = torch.randn(K, T, dim, device=self.queue.device)
 
     def momentum_update(self):
         """Move the parameters of the key encoder: theta_k <- m * theta_k + (1 - m) * theta_q.

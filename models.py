@@ -11,15 +11,16 @@ Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, jo
 
 Only LIF layers see time: the others see a batch of T*B images. Both follow SpikingJelly 2.0.0's
 Spikformer and sew_resnet18(cnf="ADD"), whose weights fit: state_dict() has the same tensors in the
-same order, under other names, and [C, C, 1, 1] for Conv1d's [C, C, 1]. The code of Spikformer's
-authors for CIFAR10-DVS differs: it pools after the LIF, scales by 1/4 and keeps PyTorch's initial
-weights of convolutions.
+same order, under other names, and [C, C, 1, 1] for Conv1d's [C, C, 1]. Spikformer's authors, for
+CIFAR10-DVS, pool after the LIF, scale by 1/4 and keep PyTorch's initial weights of convolutions.
 Shapes: frames [T, B, 2, H, W] -> features [T, B, D], the mean over space.
 Tests: python -m pytest test_all.py -k models
 """
 import argparse
+import ctypes
 import os
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ class ConvLIF(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
-        # Our choice: untrained, at PyTorch's weight of 1 few neurons spike (3 % at a time step), in
-        # attention none; at 2, 10 to 15 %, and more after a max-pool.
+        # Our choice: untrained, a weight of 1 (PyTorch's) lets 3 % of the neurons spike at a time
+        # step, in attention none; 2 lets 10 to 15 %, and more after a max-pool.
         nn.init.constant_(self.bn.weight, 2.0)
         self.pool = nn.MaxPool2d(**HALVE) if pool else nn.Identity()
         self.lif = LIF()
@@ -213,15 +214,21 @@ def device(name):
     return name
 
 
-def limit_threads(image_size):
-    """Compute in one thread where frames are small, unless OMP_NUM_THREADS is set.
+THREADS = torch.get_num_threads()  # before prepare_cpu changes it
 
-    Threads that wait for each other at every small operation make a step more than 10 times slower
-    beside a busy process. One thread is 1.3 to 1.7 times slower on an idle machine, and its result
-    does not depend on the number of cores. Measured in docs/performance.md.
+
+def prepare_cpu(image_size):
+    """Compute in one thread where frames are small, and keep freed memory: docs/performance.md.
+
+    Threads that wait for each other at every small operation make a step 10 times slower beside a
+    busy process; one is 1.3 to 1.7 times slower on an idle machine. OMP_NUM_THREADS overrides this.
     """
-    if image_size < 64 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if image_size < 64 else THREADS)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc, which else gives each large block back to the kernel
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 @torch.no_grad()
@@ -238,8 +245,7 @@ def predict(model, batches):
 def fit_linear(features, labels, num_classes):
     """Fit a linear classifier to features [N, D] with labels [N] -> nn.Linear, on the CPU.
 
-    Cross-entropy on standardised features with an L2 penalty on the weights; L-BFGS, at most 200
-    iterations.
+    Cross-entropy on standardised features, L2 penalty on the weights, up to 200 steps of L-BFGS.
     """
     mean = features.mean(0)
     std = features.std(0, correction=0) + 1e-3  # a feature that hardly varies is not blown up
@@ -266,14 +272,14 @@ def load_model(path, device="cpu"):
     """Rebuild the network of a checkpoint -> (network in evaluation mode, checkpoint).
 
     The network is the encoder for pretrained.pt, a Classifier for finetuned.pt; the checkpoint is a
-    dict of kind, args, classes and weights. No code of an untrusted file runs. Raises OSError if
-    there is no such file or it does not fit this code.
+    dict of kind, args, classes, weights and trained_on: ids of recordings, see data.recording_id.
+    No code of an untrusted file runs. Raises OSError if there is no such file or it does not fit.
     """
     open(path, "rb").close()  # raises an OSError that names the file; torch.load's may not
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "split_events" not in checkpoint["args"]:  # the newest of the flags that eval.py reads
-            raise ValueError("written by an earlier version")
+        if "trained_on" not in checkpoint:
+            raise ValueError("a state.pt, or written by an earlier version")
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":
             model = Classifier(model, len(checkpoint["classes"]))

@@ -91,6 +91,7 @@ class LIF(nn.Module):
 # ---------------------------------------------------- the same numbers, faster and in less memory
 
 COMPILE = True  # train.py and eval.py clear it for --no-compile: slower, with the same numbers
+MAX_COMPILED_STEPS = 32  # the compiler unrolls all steps, and takes minutes for 128
 
 
 class LIFFunction(torch.autograd.Function):
@@ -126,7 +127,7 @@ def call(function, constants, *tensors):
     """Call lif_forward or lif_backward; if COMPILE, as one fused loop."""
     global COMPILE
     # While a whole network is being compiled, its compiler fuses the plain function with others.
-    if COMPILE and not torch.compiler.is_compiling():
+    if COMPILE and len(tensors[0]) <= MAX_COMPILED_STEPS and not torch.compiler.is_compiling():
         for t in tensors:
             torch._dynamo.maybe_mark_dynamic(t, 1)  # N: one kernel for layers of every size
         try:

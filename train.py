@@ -5,6 +5,7 @@
     python train.py --dataset path/to/folder                  # your own recordings
     python train.py --dataset cifar10dvs --pretrain-epochs 0  # from scratch: the twin to compare
     python train.py --dataset cifar10dvs --help               # all flags, with its defaults
+    python train.py --resume runs/toy                         # continue a run, with its flags
 
 A run's folder holds pretrained.pt and finetuned.pt (weights of the last epoch, and all that eval.py
 needs), log.csv (a row per epoch, and the test) and state.pt (all that --resume needs).
@@ -13,10 +14,10 @@ Tests: python -m pytest test_all.py -k train
 import argparse
 import copy
 import csv
+import itertools
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -25,21 +26,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import data
 import models
 import neuron
 from data import UserError
-from eval import accuracy_line, knn_accuracy
+from eval import accuracy_line, knn_accuracy, spike_stats
 from loss import chance_level
 from moco import MoCo
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    init_distributed(args)
+    args, state = init_distributed(*parse_args(argv))
     neuron.COMPILE = not args.no_compile
 
     # ============ data ============
@@ -47,57 +46,60 @@ def main(argv=None):
     labelled = few_shot_subset(train, args.labels_per_class, args.seed)
 
     # ============ encoder ============
-    models.limit_threads(args.image_size)
+    models.prepare_cpu(args.image_size)
     torch.manual_seed(args.seed)
     encoder = models.build(args.arch, args.image_size)
-    if args.init:
-        load_pretrained_encoder(encoder, args)
+    if not args.init:
+        state["seen"] = torch.tensor(unlabelled.ids if args.pretrain_epochs else [], dtype=int)
+    elif "finetune" not in state:  # else state has the weights, and the checkpoint may be gone
+        state["seen"] = load_pretrained_encoder(encoder, args)
 
-    # ============ the run's folder, and the state that --resume continues ============
-    state = make_run_dir(args, train.classes)
+    # ============ the run's folder ============
+    open_run(args, state, train=train.ids, test=test.ids, unlabelled=unlabelled.ids)
     print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"{args.out}: {len(train.labels)} recordings to train on, {len(test.labels)} to test, "
+    print(f"{args.out}: the run {'continues' if 'args' in state else 'begins'}; "
+          f"{len(train.labels)} recordings to train on, {len(test.labels)} to test, "
           f"{len(labelled.labels)} labels to fine-tune with")
 
-    # ============ pre-training, without labels; over once there is fine-tuning ============
-    if args.pretrain_epochs and not args.init and "finetune" not in state:
-        pretrain(encoder, unlabelled, args, state)
-    if args.epochs == 0:
-        print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/pretrained.pt")
-        return
+    try:
+        # ============ pre-training, without labels; skipped once fine-tuning has begun ============
+        if args.pretrain_epochs and not args.init and "finetune" not in state:
+            pretrain(encoder, unlabelled, args, state)
+        if args.epochs == 0:
+            print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/pretrained.pt")
+            return
 
-    # ============ fine-tuning, with labels ============
-    classifier = finetune(encoder, labelled, args, state)
+        # ============ fine-tuning, with labels ============
+        seen = torch.cat([state["seen"], torch.tensor(labelled.ids)]).unique()
+        data.leave_out(test, seen, "to test are trained on, too")  # the warning only
+        classifier = finetune(encoder, labelled, args, state, seen)
 
-    # ============ the only look at the test recordings ============
-    logits = models.predict(classifier, data.batches(test, args.batch_size, args.device)).mean(0)
+        # ============ the only look at the test recordings ============
+        batches = data.batches(test, args.batch_size, args.device)
+        logits = models.predict(classifier, batches).mean(0)  # [N, classes]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; to continue: python train.py --resume {shlex.quote(args.out)}")
     correct = (logits.argmax(1) == torch.tensor(test.labels)).sum().item()
-    row = dict(phase="test", accuracy=f"{correct / len(logits):.4f}")
-    write_log(args, state["log"] + [row])
+    write_log(args, state, [dict(phase="test", accuracy=f"{correct / len(logits):.4f}")])
     print(f"to evaluate it: python eval.py --ckpt {shlex.quote(args.out)}/finetuned.pt")
     print(accuracy_line(100 * correct / len(logits), len(logits)))
 
 
 def pretrain(encoder, unlabelled, args, state):
-    """Pre-train the encoder by NeuroMoCo, on two views of every recording.
-
-    If the recordings have labels after all, only the kNN accuracy in the log looks at them.
-    """
+    """Pre-train the encoder on two views of every recording; only kNN, logged, looks at labels."""
     torch.manual_seed(args.seed)  # the draws do not depend on what ran before
-    moco = MoCo(encoder, 128, args.queue_size, args.momentum, args.temperature, args.alpha,
-                args.beta).to(args.device)  # 128: size of an embedding
-    moco.init_queue(args.n_frames)  # now, because a resumed and a compiled step need its shape
+    moco = MoCo(encoder, args.n_frames, queue_size=args.queue_size, momentum=args.momentum,
+                temperature=args.temperature, alpha=args.alpha, beta=args.beta).to(args.device)
     model = wrap_model(moco, args)
 
     def compute_loss(x, y):
         x_q, x_k = data.split_events(x) if args.split_events else (x, x)
         view_q = data.augment(x_q, **args.pretrain_aug)
         view_k = data.augment(x_k, **args.pretrain_aug)
-        loss = model(view_q, view_k)
-        return loss, moco.accuracy
+        return model(view_q, view_k), moco.accuracy
 
-    stride = max(1, len(unlabelled.labels) // 1000)  # 1,000 to 2,000 recordings, or all of few
-    sample = data.select(unlabelled, slice(None, None, stride))
+    N = len(unlabelled.labels)
+    sample = data.select(unlabelled, slice(None, None, max(1, N // 1000)))  # 1,000 to 2,000, or all
 
     def monitor():
         """Classify every fifth recording by its nearest neighbours among the others."""
@@ -106,36 +108,30 @@ def pretrain(encoder, unlabelled, args, state):
         fifth = torch.arange(len(y)) % 5 == 0
         return knn_accuracy(z[~fifth], y[~fifth], z[fifth], y[fifth])
 
-    N, classes = len(unlabelled.labels), len(unlabelled.classes)
     chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
     print(f"pre-training on {N} recordings; loss at the level of chance: {chance:.3f}")
     if args.queue_size >= N:
         print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
               f"as negatives; try --queue-size {N // 4 + 1}")
-    # moco, not model: wrapping renames the parameters
     train_phase("pretrain", moco, encoder, compute_loss, unlabelled, args.pretrain_epochs,
-                args.pretrain_lr, args, state, monitor if classes > 1 and N > 1 else None)
-    # Fine-tuning changes the weights in place, and state.pt has to keep those of pre-training.
-    state["pretrain"] = copy.deepcopy(state["pretrain"])
-    # The statistics of batch norm stem from the last views. Fine-tuning keeps them fixed, so they
-    # are taken again, from all recordings as they are. The variance is the mean of those of
-    # batches, hence batches of mixed classes.
+                args.pretrain_lr, args, state,
+                monitor if len(unlabelled.classes) > 1 and N > 1 else None)
+    state["pretrain"] = copy.deepcopy(state["pretrain"])  # or fine-tuning would change its weights
+    # Fine-tuning keeps the statistics of batch norm fixed, so they are taken again, from all
+    # recordings as they are. The variance is the mean of those of batches, hence mixed classes.
     with models.autocast(args.device):
-        update_bn(mixed_batches(unlabelled, args), encoder)
-    save("pretrained.pt", args, dict(
-        kind="pretrained", classes=unlabelled.classes, weights=encoder.state_dict()))
+        torch.optim.swa_utils.update_bn(mixed_batches(unlabelled, args), encoder)
+    save("pretrained.pt", args, dict(kind="pretrained", classes=unlabelled.classes,
+                                     weights=encoder.state_dict(), trained_on=state["seen"]))
 
 
-def finetune(encoder, labelled, args, state):
-    """Train encoder and linear head by the cross-entropy of the logits averaged over time.
-
-    After pre-training, the head is first fitted to the frozen encoder, and batch norm keeps its
-    statistics.
-    """
+def finetune(encoder, labelled, args, state, seen):
+    """Train encoder and head by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
     pretrained = bool(args.init or args.pretrain_epochs)
     classifier = models.Classifier(encoder, len(labelled.classes), freeze_norm=pretrained)
     classifier.to(args.device)
+    # The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has a head
         fit_head(classifier, labelled, args)
     model = wrap_model(classifier, args)
@@ -146,16 +142,13 @@ def finetune(encoder, labelled, args, state):
 
     train_phase("finetune", classifier, encoder, compute_loss, labelled, args.epochs, args.lr,
                 args, state, None)
-    save("finetuned.pt", args, dict(
-        kind="finetuned", classes=labelled.classes, weights=classifier.state_dict()))
+    save("finetuned.pt", args, dict(kind="finetuned", classes=labelled.classes,
+                                    weights=classifier.state_dict(), trained_on=seen))
     return classifier
 
 
 def fit_head(classifier, labelled, args):
-    """Fit the head to the frozen encoder's features of 1,000 or more views, in whole passes.
-
-    The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
-    """
+    """Fit the head to the frozen encoder's features of 1,000 views or more, in whole passes."""
     passes = math.ceil(1000 / len(labelled.labels))
     views = ((data.augment(x, **args.finetune_aug), y) for _ in range(passes)
              for x, y in data.batches(labelled, args.batch_size, args.device))
@@ -166,29 +159,25 @@ def fit_head(classifier, labelled, args):
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
-    """Train model for the epochs that are left; after each, write log.csv and state.pt.
+    """Train model for the epochs that are left; after each, write state.pt and log.csv.
 
-    compute_loss(x, y) -> (loss, accuracy of the batch); encoder: the part of model whose firing
-    rate is logged; monitor() -> kNN accuracy, logged 19 times at most, or None.
+    model: not wrapped, as in its checkpoints; compute_loss(x, y) -> (loss, accuracy of the batch);
+    encoder: the part of model whose firing rate is logged; monitor() -> kNN accuracy, or None.
     """
     rank, world_size = rank_and_world_size()
     optimizer = build_optimizer(model, args.weight_decay)
-    start = 0
-    if phase in state:
-        start = state[phase]["epoch"]
+    log = state[phase]["log"] if phase in state else []  # a row per epoch
+    if log:
         model.load_state_dict(state[phase]["model"])
         optimizer.load_state_dict(state[phase]["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag may have changed
-    # the number of batches that data.batches yields, as it counts them
+    # of an epoch, as data.batches counts them
     steps = math.ceil((len(split.labels) // world_size) / (args.batch_size // world_size))
-    for epoch in range(start, epochs):
+    for epoch in range(len(log), epochs):
         began, name = time.time(), f"{phase} {epoch + 1}/{epochs}"
         seed = args.seed + 1_000_000 * (epoch + 1)  # no epoch's draws depend on earlier epochs
-        generator = torch.Generator().manual_seed(seed)  # of the order, the same in all processes
+        order = torch.Generator().manual_seed(seed)  # the same in all processes
         torch.manual_seed(seed + 1000 * rank)  # of the views, different in each process
-        batches = data.batches(
-            split, args.batch_size, args.device, shuffle=True, generator=generator, rank=rank,
-            world_size=world_size)
+        batches = data.batches(split, args.batch_size, args.device, True, order, rank, world_size)
         lrs = [lr * warmup_cosine(epoch * steps + i, epochs * steps) for i in range(steps)]
 
         # one epoch, with a progress bar in the terminal (None: no bar elsewhere) of process 0
@@ -196,23 +185,18 @@ def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, st
         model.train()
         loss, accuracy = train_one_epoch(compute_loss, bar, optimizer, lrs)
         if not math.isfinite(loss):
-            raise UserError(f"{name}: the loss is {loss}: take a lower learning rate; --resume "
-                            "continues after the last epoch in state.pt, if there is one")
+            raise UserError(f"{name}: the loss is {loss}: begin anew at a lower learning rate")
 
-        # log and state; the rate, of the same batch each epoch, comes before monitor(), which sets
-        # evaluation mode
-        x, _ = next(mixed_batches(split, args))
-        rate = firing_rate(encoder, x)
+        _, stats, _ = spike_stats(encoder, [next(mixed_batches(split, args))])
         due = monitor and (epoch + 1) % max(1, epochs // 10) == 0
-        row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}", rate=f"{rate:.4f}",
-                   lr=f"{lrs[0]:.2e}", knn=f"{monitor():.4f}" if due else "",
-                   seconds=f"{time.time() - began:.1f}")
+        row = dict(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}",
+                   rate=f"{stats.get('rate', 0) / 100:.4f}", lr=f"{lrs[0]:.2e}",
+                   knn=f"{monitor():.4f}" if due else "", seconds=f"{time.time() - began:.1f}")
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
-        state["log"].append(dict(phase=phase, epoch=epoch + 1) | row)
-        state[phase] = dict(
-            epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-        write_log(args, state["log"])
+        log.append(dict(phase=phase, epoch=epoch + 1) | row)
+        state[phase] = dict(log=log, model=model.state_dict(), optimizer=optimizer.state_dict())
         save("state.pt", args, state)
+        write_log(args, state)
 
 
 def train_one_epoch(compute_loss, batches, optimizer, lrs):
@@ -235,24 +219,8 @@ def train_one_epoch(compute_loss, batches, optimizer, lrs):
 
 def mixed_batches(split, args):
     """Yield batches in random order, and so of mixed classes, the same at every call."""
-    generator = torch.Generator().manual_seed(args.seed)
-    return data.batches(split, args.batch_size, args.device, shuffle=True, generator=generator)
-
-
-@torch.no_grad()
-def firing_rate(encoder, x):
-    """Compute the share of neurons x time steps that spike at x, in the encoder's present mode."""
-    encoder = copy.deepcopy(encoder)  # because in training mode, its running statistics change
-    counts = []  # of each layer: spikes, neurons x time steps
-
-    def count(layer, inputs, out):
-        counts.append((out.sum(dtype=torch.float32), out.numel()))
-    for layer in encoder.modules():
-        if isinstance(layer, neuron.LIF):
-            layer.register_forward_hook(count)
-    with models.autocast(x.device):
-        encoder(x)
-    return float(sum(spikes for spikes, _ in counts)) / max(1, sum(total for _, total in counts))
+    order = torch.Generator().manual_seed(args.seed)
+    return data.batches(split, args.batch_size, args.device, shuffle=True, generator=order)
 
 
 def build_optimizer(model, weight_decay):
@@ -264,11 +232,8 @@ def build_optimizer(model, weight_decay):
 
 
 def warmup_cosine(step, steps):
-    """Compute a step's share of the learning rate: a cosine from 1 to 0, or the warm-up if lower.
-
-    The warm-up lasts a twentieth of all steps, but at least 5: in a network whose batch norm has
-    fixed statistics, a full first step of AdamW is far too large for the fitted head.
-    """
+    """Compute a step's share of the learning rate: a cosine from 1 to 0, or a lower warm-up."""
+    # At least 5: with frozen batch norm, AdamW's first step is far too large for the fitted head.
     warmup = max(5, steps // 20)
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -281,41 +246,39 @@ def wrap_model(model, args):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces its layers in place
         model = torch.nn.parallel.DistributedDataParallel(model)  # sends weights and queue to all
         model.broadcast_buffers = False  # not again at every step: the queues stay equal
-        return model
-    if on_gpu and not args.no_compile:
+    elif on_gpu and not args.no_compile and args.n_frames <= neuron.MAX_COMPILED_STEPS:
         print("the first steps compile the network: minutes; if that fails, pass --no-compile")
-        return torch.compile(model, dynamic=False)  # batches have two sizes at most
+        model = torch.compile(model, dynamic=False)  # batches have two sizes at most
     return model
 
 
 # ------------------------------------------------------------------------------------------- data
 
 def load_data(args):
-    """Load train, test and the recordings to pre-train on; set in args what only these tell."""
-    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
-    # One barrier at two places: the first process of a machine makes the frames and then reaches
-    # it, below; until then, the others wait for it here, after which they find the frames.
-    if waits:
+    """Load train, test and the recordings to pre-train on; set the sizes of sensor and image."""
+    # The first process of a machine makes the frames; the others wait here, and then find them.
+    if waits := dist.is_initialized() and os.environ["LOCAL_RANK"] != "0":
         dist.barrier()
-    settings = dict(root=args.root, n_frames=args.n_frames, skip_broken=args.skip_broken,
-                    sensor=args.sensor, frames_by=args.frames_by, columns=args.columns)
-    train, test = data.load(args.dataset, size=args.image_size, **settings)
-    args.image_size = train.frames.shape[-1]
-    args.pretrain_size = args.image_size  # --init will replace it by that of its own run
-    train = unlabelled = data.to_gpu_if_fits(train, args.device)
-    if args.pretrain_on and args.pretrain_on != args.dataset:
-        unlabelled, _ = data.load(
-            args.pretrain_on, size=args.image_size, only="train", **settings)
-        unlabelled = data.to_gpu_if_fits(unlabelled, args.device)
-        if unlabelled.sensor != train.sensor:
-            print(f"warning: the sensor of --pretrain-on is {unlabelled.sensor}, that of --dataset "
-                  f"{train.sensor}: if the camera is the same, pass --sensor")
+
+    def load(name, only=None):
+        return data.load(name, args.root, args.n_frames, args.image_size, args.skip_broken,
+                         args.sensor, args.frames_by, args.columns, only)
+
+    train, test = load(args.dataset)
+    if args.sensor not in (None, train.sensor):
+        raise UserError(f"--sensor {args.sensor}: the recordings' is {train.sensor}")
+    args.image_size, args.sensor = train.frames.shape[-1], train.sensor
+    unlabelled = train
+    if args.pretrain_on:
+        unlabelled, _ = load(args.pretrain_on, only="train")
+        data.warn_of_other_frames("--pretrain-on", dict(sensor=unlabelled.sensor), vars(args))
+        unlabelled = data.leave_out(unlabelled, test.ids, "to pre-train on are tested: left out")
     if dist.is_initialized() and not waits:
         dist.barrier()
+    if len(unlabelled.labels) == 0:
+        raise UserError(f"--pretrain-on {args.pretrain_on}: nothing is left")
     if len(train.classes) < 2 and args.epochs:
         raise UserError(f"{args.dataset}: a single class; --epochs 0 pre-trains only")
-    args.sensor = train.sensor
-    args.recordings = data.fingerprint(train.names, test.names)
     return train, test, unlabelled
 
 
@@ -323,176 +286,115 @@ def few_shot_subset(train, labels_per_class, seed):
     """Keep labels_per_class recordings of each class, drawn by seed, or all if that is 0."""
     if not labels_per_class:
         return train
-    generator = torch.Generator().manual_seed(seed)
+    generator, chosen = torch.Generator().manual_seed(seed), []
     order = torch.randperm(len(train.labels), generator=generator).numpy()
-    chosen = []
     for c, name in enumerate(train.classes):
-        candidates = order[train.labels[order] == c]
-        chosen += list(candidates[:labels_per_class])
-        if len(candidates) < labels_per_class:
+        drawn = order[train.labels[order] == c][:labels_per_class]
+        chosen += list(drawn)
+        if len(drawn) < labels_per_class:
             print(f"warning: fewer than {labels_per_class} recordings in class {name}")
     if len(chosen) < rank_and_world_size()[1]:
         raise UserError(f"--labels-per-class {labels_per_class}: fewer labels than processes")
     return data.select(train, chosen)
 
 
-# The flags of each phase. --init takes those of pre-training from its checkpoint, and --resume
-# keeps those of a phase that is over. Batch size and weight decay serve both phases, to the end.
-PRETRAINING = [
-    "pretrain_epochs", "pretrain_lr", "pretrain_aug", "pretrain_on", "pretrain_size",
-    "split_events", "queue_size", "momentum", "temperature", "alpha", "beta"]
-FINETUNING = ["labels_per_class", "lr", "finetune_aug", "weight_decay", "batch_size"]
-
-
 def load_pretrained_encoder(encoder, args):
-    """Copy the encoder of the checkpoint --init, of either kind, and the flags that made it."""
+    """Copy the encoder of --init, of either kind -> ids it has seen; set args.pretrained."""
     source, checkpoint = models.load_model(args.init)
-    was = checkpoint["args"]
-    if checkpoint["kind"] == "finetuned":
+    was = args.pretrained = checkpoint["args"] | dict(kind=checkpoint["kind"])
+    if was["kind"] == "finetuned":
         source = source.encoder
-        args.init_kind = "finetuned"  # it has seen labels, so eval.py keeps it apart
+        print("warning: the encoder of --init has seen labels")
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError:  # other names or shapes of weights; the stem depends on the image size
         raise UserError(f"--init {args.init}: holds {was['arch']} for {was['image_size']} pixels, "
                         f"this run builds {args.arch} for {args.image_size}")
-    vars(args).update({name: was[name] for name in PRETRAINING if name in was})
-    if args.pretrain_on is None and was["dataset"] != args.dataset:
-        args.pretrain_on = was["dataset"]
-    if args.pretrain_size != args.image_size:
-        print(f"warning: --init was pre-trained at {args.pretrain_size} pixels, this run has "
-              f"{args.image_size}: the network pools at other places and sees other sizes")
+    data.warn_of_other_frames("--init", was, vars(args))
+    return checkpoint["trained_on"]
 
 
 # ------------------------------------------------------------------------------ the run's folder
 
-def make_run_dir(args, classes):
-    """Claim the run's folder and set args.out to it -> the state that --resume continues.
-
-    It is --out or, of runs/<dataset>, runs/<dataset>-2, ..., the one after the last that exists;
-    with --resume, the last. The state is {"log": rows, "classes": names} and, for each phase begun,
-    {phase: its last epoch, model and optimizer}.
-    """
-    found = [None, {"log": [], "classes": classes}]  # folder and state, for all processes
+def open_run(args, state, **ids):
+    """Check that the recordings are those of the run, claim its folder and write its state.pt."""
+    for split in state.get("ids", []):
+        if not torch.equal(state["ids"][split], torch.tensor(ids[split])):
+            raise UserError(f"--resume {args.resume}: began with other recordings in {split}")
+    state["ids"] = {split: torch.tensor(ids[split]) for split in ids}
+    named = args.resume or args.out
+    first = args.out = Path(named or f"runs/{Path(args.dataset).name}").expanduser().as_posix()
     if rank_and_world_size()[0] == 0:
-        if args.out:
-            out = Path(args.out).expanduser()
-        else:
-            first = Path("runs", Path(args.dataset).name)
-            folders = [first] + [first.with_name(f"{first.name}-{i}") for i in range(2, 10_000)]
-            last = max((i for i, folder in enumerate(folders) if folder.exists()), default=-1)
-            out = folders[max(last, 0) if args.resume else last + 1]
-        out.mkdir(parents=True, exist_ok=bool(args.out or args.resume))
-        log, kept = out / "log.csv", [path.name for path in out.glob("*.pt")]
-        if args.resume and "state.pt" in kept:
-            found[1] = load_state(out / "state.pt", args, classes)
-        elif kept and (args.resume or not log.exists()):
-            raise UserError(f"--out {out}: holds {', '.join(kept)}, but not both state.pt and "
-                            "log.csv to continue that run")
-        elif args.resume:
-            print(f"{out}: no run to continue, a new one starts")
-        try:
-            open(log, "a" if args.resume else "x").close()  # "x": no two runs share a folder
-        except FileExistsError:
-            raise UserError(f"--out {out}: holds a run already: add --resume to continue it")
-        found[0] = out.as_posix()
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)  # the other processes may not see this disk
-    args.out, state = found
-    return state
+        for i in itertools.count(2):
+            try:
+                Path(args.out).mkdir(parents=True, exist_ok=bool(args.resume))
+                break
+            except FileExistsError:
+                if named:
+                    raise UserError(f"{first} exists; --resume {first} continues the run there")
+                args.out = f"{first}-{i}"
+    save("state.pt", args, state)
 
 
-def load_state(path, args, classes):
-    """Read state.pt -> the state to continue; print the flags that change.
+def read_state(folder):
+    """Read the state.pt of a run, {} if there is none yet. Raises UserError.
 
-    Those of a phase that is over keep their old values; others that cannot change raise UserError.
+    args: its flags; ids: see open_run; seen: ids of the recordings that its encoder was shown
+    before fine-tuning; pretrain, finetune: log, model and optimizer after the last epoch.
     """
-    given = vars(args) | {"classes": classes}
-    fixed = ["classes", "arch", "image_size", "n_frames", "frames_by", "sensor", "seed", "init"]
-    if not args.init:
-        fixed.append("pretrain_on")
+    path = Path(folder, "state.pt").expanduser()
+    if not path.parent.is_file() and not list(path.parent.glob("*.pt")):
+        return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "pretrain" in state:
-            fixed.append("queue_size")
-        saved = state["args"] | {"classes": state["classes"]}
-        wrong = [f"{name} {saved[name]}, not {given[name]}" for name in fixed
-                 if saved[name] != given[name]]
-        if saved["recordings"] != args.recordings:
-            wrong.append("recordings of other names or in another split")
-        if saved["dataset"] != args.dataset and not args.out:  # both are runs/<the same name>
-            wrong.append(f"dataset {saved['dataset']}, not {args.dataset}; if that has moved, pass "
-                         "--out")
-        pretrain_log = [row for row in state["log"] if row["phase"] == "pretrain"]
+        state["args"], state["ids"], state["seen"]  # or it is another file
+        return state
     except Exception as e:  # there is no list of all that a foreign file may raise
-        raise UserError(f"--resume: {path}: {data.format_error(e)}")
-    too_late = []  # flags of phases that are over
-    if not args.init and len(pretrain_log) < args.pretrain_epochs:
-        if not pretrain_log:  # the state is of fine-tuning
-            wrong.append("no pre-training")
-        state.pop("finetune", None)  # it starts again when pre-training has ended
-        state["log"] = pretrain_log
-    elif pretrain_log:
-        too_late += [name for name in PRETRAINING if name != "pretrain_epochs"]
-    if "finetune" in state and args.epochs == state["finetune"]["epoch"]:
-        too_late += FINETUNING
-    for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
-        if phase in state and epochs < state[phase]["epoch"]:
-            wrong.append(f"{state[phase]['epoch']} epochs of {phase}, not {epochs}")
-    if wrong:
-        raise UserError(f"--resume: {path} was made with {wrong[0]}")
-    for name, value in vars(args).items():
-        was = saved.get(name)  # None: of a flag that train.py has got since
-        if value == was or name in ("out", "root", "device", "resume", "no_compile"):
-            continue
-        if name in too_late and name in saved:
-            print(f"too late, its phase is over: {name} stays {was}, not {value}")
-            setattr(args, name, was)
-        else:
-            print(f"from here on: {name} {value}, not {was}")
-    return state
+        raise UserError(f"--resume {folder}: no state.pt of this train.py ({data.format_error(e)})")
 
 
 def save(name, args, content):
-    """Write a checkpoint into the run's folder; os.replace leaves the old file or the new one."""
+    """Write a checkpoint into the run's folder, all of it or nothing. Raises UserError."""
     if rank_and_world_size()[0] == 0:
-        path = os.path.join(args.out, name)
         try:
-            torch.save(content | {"args": vars(args)}, path + ".part")
+            with data.new_file(os.path.join(args.out, name)) as f:
+                torch.save(content | dict(args=vars(args)), f)
         except RuntimeError as e:  # a full disk
-            raise OSError(f"{path} cannot be written ({data.format_error(e)})")
-        os.replace(path + ".part", path)
+            raise UserError(f"{args.out}/{name} cannot be written ({data.format_error(e)})")
 
 
-def write_log(args, log):
-    """Write log.csv, with the columns of the first row; the test has a few of them only."""
-    if rank_and_world_size()[0] == 0:
-        with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
-            writer = csv.DictWriter(f, log[0])
-            writer.writeheader()
-            writer.writerows(log)
+def write_log(args, state, test=()):
+    """Write log.csv: the rows of all epochs, then that of the test, which has few columns."""
+    logs = [state[phase]["log"] for phase in ("pretrain", "finetune") if phase in state]
+    try:
+        if rank_and_world_size()[0] == 0:
+            with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
+                writer = csv.DictWriter(f, logs[0][0])
+                writer.writeheader()
+                writer.writerows(itertools.chain(*logs, test))
+    except OSError as e:  # open in a spreadsheet? state.pt has the rows, and the next epoch comes
+        print(f"warning: log.csv cannot be written now ({e})")
 
 
 # --------------------------------------------------------------------------- processes and flags
 
-def init_distributed(args):
-    """Join the other processes under torchrun: NCCL on GPUs, gloo on CPUs; process 0 prints."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return
-    if "LOCAL_RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set, but not by torchrun: unset it, or start with torchrun")
-    on_gpu = torch.device(args.device).type == "cuda"
-    if on_gpu:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+def init_distributed(args, state):
+    """Join the others under torchrun, NCCL on GPUs, gloo on CPUs -> args, state of process 0."""
+    if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return args, state
+    backend = "gloo"
+    if torch.device(args.device).type == "cuda":
+        backend, args.device = "cpu:gloo,cuda:nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                            timeout=timedelta(hours=12))  # the others wait for a download
-    rank, world_size = rank_and_world_size()
-    if args.batch_size < 3 * world_size:
-        raise UserError(f"--batch-size {args.batch_size}: fewer than 3 for each of {world_size} "
-                        "processes")
-    if rank:
+    dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait for a download
+    if args.batch_size < 3 * dist.get_world_size():
+        raise UserError(f"--batch-size {args.batch_size}: fewer than 3 for each process")
+    if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
+    found = [args, state]
+    dist.broadcast_object_list(found)  # the others may not see the run's folder
+    found[0].device = args.device
+    return found
 
 
 def rank_and_world_size():
@@ -511,14 +413,29 @@ def in_range(kind, low, high=math.inf):
 
 
 def parse_args(argv):
-    """Parse the flags; their defaults are the row of data.DATASETS that --dataset selects."""
+    """Parse the flags, by default those of the run to resume or data set -> args, state or {}."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", default="toy", type=data.resolve,
                         help=f"{', '.join(data.DATASETS)}, or a folder of recordings")
-    dataset = parser.parse_known_args(argv)[0].dataset  # before the flags that it has defaults for
-    parser.set_defaults(**data.default_config(dataset))
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--resume", metavar="FOLDER", help="continue the run there, or begin one")
+    folder.add_argument("--out", metavar="FOLDER", help="of a new run; None: runs/<dataset>[-<i>]")
+    first = parser.parse_known_args(argv)[0]  # before the flags that these have defaults for
+    state = read_state(first.resume) if first.resume else {}
+    began = state.get("args", dict(dataset=first.dataset, pretrained=None)) | dict(out=None)
+    if "LOCAL_RANK" in os.environ:  # of torchrun; the saved device is that of process 0
+        began.pop("device", None)
+    add_flags(parser)
+    parser.set_defaults(**data.default_config(began["dataset"]) | began | dict(resume=None))
+    args = parser.parse_args(argv)
+    check_args(args, parser, state)
+    return args, state
+
+
+def add_flags(parser):
+    """Add the flags that have defaults in the row of a data set, and others."""
     parser.add_argument("-h", "--help", action="help", help="show this text and stop")
     positive, learning_rate = in_range(int, 1), in_range(float, 1e-9)
     add = parser.add_argument_group("data").add_argument
@@ -527,16 +444,15 @@ def parse_args(argv):
     add("--frames-by", choices=("count", "time"), help="frames equal in events or duration")
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
-        help="size of a folder's sensor; None: as named, or the largest coordinates")
+        help="size in pixels of a folder's sensor, unless .aedat4 files name it")
     add("--labels-per-class", type=in_range(int, 0), help="for fine-tuning; 0: all")
-    add("--columns", help="order of the columns of plain [N, 4] arrays, as xytp")
+    add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
     add("--arch", help="sew-resnet-18[-<width>] or spikformer-<depth>-<dim>")
     add("--pretrain-epochs", type=in_range(int, 0), help="0: fine-tune from scratch")
     add("--pretrain-lr", type=learning_rate, help="peak learning rate")
-    add("--split-events", action=argparse.BooleanOptionalAction,
-        help="deal the events of a recording to the two views, which then share none")
+    add("--split-events", action=argparse.BooleanOptionalAction, help="views that share no event")
     add("--queue-size", type=positive, help="negatives K, well below the number of recordings")
     add("--momentum", type=in_range(float, 0, 1), help="of the key encoder; 0: a copy, 1: frozen")
     add("--temperature", type=in_range(float, 1e-3), help="of InfoNCE")
@@ -552,42 +468,40 @@ def parse_args(argv):
     # at least 3, because 2 may leave a batch of one recording, too few for batch norm
     add("--batch-size", type=in_range(int, 3), help="recordings per step, over all processes")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="the run's folder; None: a new one, runs/<dataset>[-<number>]")
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
     add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
         default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    add("--resume", action="store_true", help="continue the run in --out, or the last one")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
-    return check_args(parser.parse_args(argv), parser)
 
 
-def check_args(args, parser):
-    """Return the flags, but refuse combinations that cannot work."""
-    if args.columns and sorted(args.columns) != sorted("xytp"):
-        parser.error(f"--columns {args.columns}: an order of x, y, t and p, as xytp")
+def check_args(args, parser, state):
+    """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
+    may_change = "out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile"
+    for name, value in state.get("args", {}).items():
+        if name not in may_change and vars(args)[name] != value:
+            parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {value}")
+    if not args.init and args.pretrain_epochs > len(state.get("pretrain", {"log": []})["log"]):
+        if state.pop("finetune", None):
+            print("warning: with more pre-training, fine-tuning begins anew")
+    for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
+        if phase in state and len(state[phase]["log"]) > epochs:
+            parser.error(f"--resume {args.resume}: more than {epochs} epochs of {phase} are done")
     if args.alpha == args.beta == 0:
         parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
-    if args.epochs == 0 and (args.init or args.pretrain_epochs == 0):
-        parser.error("--epochs 0 without pre-training leaves nothing to do")
-    if args.pretrain_on and (args.init or args.pretrain_epochs == 0):
-        parser.error("--pretrain-on is of no use with --init or without pre-training")
+    if (args.pretrain_on or args.epochs == 0) and (args.init or args.pretrain_epochs == 0):
+        parser.error("--pretrain-on and --epochs 0 need pre-training, and no --init")
     try:
         models.build(args.arch, 128)  # any image size tells whether the name is right
     except ValueError as e:
         parser.error(f"--arch: {e}")
-    return args
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a name ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name
     try:
         main()
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: --resume continues a run that has begun, after its last whole epoch",
-              file=sys.stderr)
-        sys.stdout.flush()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)  # ends a loop of the shell, too
+    except KeyboardInterrupt as e:
+        sys.exit(f"\nstopped{e}")

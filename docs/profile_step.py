@@ -52,8 +52,8 @@ args = parser.parse_args()
 neuron.COMPILE = not args.no_compile
 on_gpu = torch.device(args.device).type == "cuda"
 
-net = moco.MoCo(models.build(args.arch, args.image_size)).to(args.device)
-net.init_queue(args.n_frames)
+models.prepare_cpu(args.image_size)
+net = moco.MoCo(models.build(args.arch, args.image_size), args.n_frames).to(args.device)
 model = train.wrap_model(net, args)
 optimizer = train.build_optimizer(net, 0.06)
 size = args.n_frames, args.batch, 2, args.image_size, args.image_size
