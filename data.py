@@ -97,8 +97,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
         size=size or config["image_size"] or min(128, max(8, *sensor)))
     if sensor == [0, 0]:  # all events are outside of it, and the error says how far they reach
         *_, hint = try_recording(recordings[0][2], read, settings)
-        hint = hint.split("pixels: ")[-1]  # "x 0 to 33, y 0 to 33", or what is wrong with it
-        raise UserError(f"{name}: pass --sensor W H, the camera's pixels (first recording: {hint})")
+        hint = hint.split("pixels: ")[-1]
+        raise UserError(f"{name}: pass --sensor W H in pixels (the first recording: {hint})")
     path = root / "frames" / f"{Path(name).name}-{cache_key(recordings, read, settings)}.npy"
     frames, about = read_cache(path) or make_frames(path, recordings, read, settings)
     for warning in about["warnings"]:
@@ -109,9 +109,12 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     names = [f"{cls}/{os.path.basename(key)}" for _, cls, key in recordings]
     both = Split(frames[: len(names)], labels, classes, sensor, names, np.array(about["ids"]))
     n = sum(split == "train" for split, _, _ in recordings)
-    for part, size in ("train", n), ("test", len(names) - n):
-        if size == 0 and only in (None, part):
+    for part in ("train", "test") if only is None else (only,):
+        present = {cls for split, cls, _ in recordings if split == part}
+        if not present:
             raise UserError(f"{name}: no recordings to {part} on")
+        if absent := [cls for cls in classes if cls not in present]:
+            print(f"warning: {name}: no recordings to {part} on of class {', '.join(absent)}")
     return select(both, slice(None, n)), select(both, slice(n, None))
 
 
@@ -162,8 +165,7 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
     sums the sensor's pixels in it, to 32,767 at most. Raises ValueError for events off the sensor.
     """
     (width, height), n, on = sensor_size, len(events), events["p"] > 0
-    # a structured array interleaves its fields, which makes them slow to scan
-    x, y, t = (np.ascontiguousarray(events[field]) for field in "xyt")
+    x, y, t = (np.ascontiguousarray(events[f]) for f in "xyt")  # interleaved fields are slow
     if (t[1:] < t[:-1]).any():
         order = np.argsort(t, kind="stable")
         x, y, t, on = x[order], y[order], t[order], on[order]
@@ -206,9 +208,8 @@ def validate_events(events):
         raise ValueError(f"expected one dimension and fields x, y, t, p, found {events.dtype}")
     if len(events) == 0:
         raise ValueError("holds no event")
-    for axis in "xy":
-        if (events[axis] % 1 != 0).any():  # also of NaN
-            raise ValueError(f"{axis} must be whole numbers of pixels")
+    if (events["x"] % 1 != 0).any() or (events["y"] % 1 != 0).any():  # also of NaN
+        raise ValueError("x and y must be whole numbers of pixels")
     p = events["p"]
     if not (((p == 0) | (p == 1)).all() or ((p == -1) | (p == 1)).all()):
         found = np.unique(p)
@@ -240,8 +241,8 @@ def cache_key(recordings, read, settings):
     functions = [getattr(read, "func", read), read_file, *(READERS[e] for e in endings),
                  toy_outlines, validate_events, to_frames]
     code = [inspect.getsource(f) if inspect.isfunction(f) else repr(f) for f in functions]
-    code.append(repr(getattr(read, "keywords", "")))  # of a partial
-    made_from = json.dumps([recordings, stats, settings, code, FIELDS], sort_keys=True)
+    options = getattr(read, "keywords", None)  # of a partial
+    made_from = json.dumps([recordings, stats, settings, code, options, FIELDS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:12]
 
 
@@ -279,8 +280,7 @@ def make_frames(path, recordings, read, settings, dtype=np.uint8):
                 notes["32,767 events or more in a pixel: cut there"] += counts.max() == 32767
                 crowded = settings["frames_by"] == "time" and events.max() > 0.9 * events.sum()
                 notes[f"nearly all events in one frame of {T}"] += crowded and T > 1
-            empty_rows = len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize
-            f.truncate(f.tell() + empty_rows)  # as many rows as the header says
+            f.truncate(f.tell() + len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize)
     except OverflowError:
         about = None
     if about is None:  # begin again, with room for larger counts
@@ -622,7 +622,6 @@ def read_npz(path):
 
 COLUMNS = ["".join(order) for order in itertools.permutations("xytp")]
 FIELDS = dict(ts="t", timestamp="t", timestamps="t", polarity="p", polarities="p")  # other names
-# np.load refuses pickled objects
 READERS = {".bin": read_atis, ".aedat4": read_aedat4, ".npz": read_npz, ".npy": np.load}
 
 # tonic's class (its .data are paths, and it has url, filename, md5), sensor, number of recordings,

@@ -29,6 +29,7 @@ from torch import nn
 from neuron import LIF
 
 HALVE = dict(kernel_size=3, stride=2, padding=1)  # settings of every max-pool
+THREADS = torch.get_num_threads()  # before prepare_cpu changes it
 
 
 class ConvLIF(nn.Module):
@@ -212,9 +213,6 @@ def device(name):
     except Exception as e:
         raise argparse.ArgumentTypeError(f"PyTorch cannot compute on {name} here ({e})")
     return name
-
-
-THREADS = torch.get_num_threads()  # before prepare_cpu changes it
 
 
 def prepare_cpu(image_size):

@@ -705,7 +705,7 @@ BROKEN = {  # file -> (content, what is said about it)
     "single.npy": (with_field("p", np.full(60, 2)), "polarities 2"),
     "half.npy": (with_field("p", np.arange(60) % 2 / 2), "polarities 0.0 and 0.5"),
     "unsure.npy": (with_field("p", np.r_[:2, [np.nan] * 58]), "polarities 0.0 and 1.0 and nan"),
-    "fraction.npy": (with_field("x", np.arange(60) % 9 + 0.5), "x must be whole"),
+    "fraction.npy": (with_field("x", np.arange(60) % 9 + 0.5), "x and y must be whole"),
     "lost.npy": (with_field("y", np.r_[:5, [np.nan] * 55]), "y must be whole"),
     "huge.npy": (with_field("x", 2**32 + np.arange(60) % 9), "x 4294967296 to 4294967304"),
     "backwards.npy": (with_field("t", np.arange(60)[::-1]), "backwards, by 59 of 59"),

@@ -417,18 +417,20 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="toy", type=data.resolve,
+    parser.add_argument("--dataset", type=data.resolve,
                         help=f"{', '.join(data.DATASETS)}, or a folder of recordings")
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", metavar="FOLDER", help="continue the run there, or begin one")
     folder.add_argument("--out", metavar="FOLDER", help="of a new run; None: runs/<dataset>[-<i>]")
     first = parser.parse_known_args(argv)[0]  # before the flags that these have defaults for
     state = read_state(first.resume) if first.resume else {}
-    began = state.get("args", dict(dataset=first.dataset, pretrained=None)) | dict(out=None)
+    if first.resume and not state and first.dataset is None:
+        parser.error(f"--resume {first.resume}: no run there; to begin one, pass --dataset")
+    was = state.get("args") or dict(dataset=first.dataset or "toy", pretrained=None)
     if "LOCAL_RANK" in os.environ:  # of torchrun; the saved device is that of process 0
-        began.pop("device", None)
+        was.pop("device", None)
     add_flags(parser)
-    parser.set_defaults(**data.default_config(began["dataset"]) | began | dict(resume=None))
+    parser.set_defaults(**data.default_config(was["dataset"]) | was | dict(out=None, resume=None))
     args = parser.parse_args(argv)
     check_args(args, parser, state)
     return args, state
