@@ -193,10 +193,11 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
 def recording_id(events):
     """Hash what a recording holds -> int64, whatever its name, folder, format, T and size.
 
-    All (x, y, p), sorted, as copies may differ in the order at equal times. Never change it.
+    All (x, y, p), sorted, as copies may differ in the order at equal times, and from the corner, to
+    which N-Caltech101 is moved. Never change it.
     """
-    # 15 bits of x, 16 of y, 1 of p
-    code = events["x"].astype(np.uint32) << 17 | events["y"].astype(np.uint32) << 1
+    x, y = ((events[axis] - events[axis].min()).astype(np.uint32) for axis in "xy")
+    code = x << 17 | y << 1  # 15 bits of x, 16 of y, 1 of p
     code = np.sort(code | (events["p"] > 0)).astype("<u4")
     digest = hashlib.blake2b(code.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
