@@ -16,8 +16,10 @@ import json
 import math
 import os
 import re
+import threading
 from collections import Counter, namedtuple
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +195,7 @@ def to_frames(events, n_frames, sensor_size, size, frames_by="count"):
 def recording_id(events):
     """Hash what a recording holds -> int64, whatever its name, folder, format, T and size.
 
-    All (x, y, p), sorted, as copies may differ in the order at equal times, and from the corner, to
-    which N-Caltech101 is moved. Never change it.
+    All (x, y, p), from its corner, and sorted, as copies differ in their order. Never change it.
     """
     x, y = ((events[axis] - events[axis].min()).astype(np.uint32) for axis in "xy")
     code = x << 17 | y << 1  # 15 bits of x, 16 of y, 1 of p
@@ -217,7 +218,7 @@ def validate_events(events):
         remedy = f": store p == {found[1]}" if len(found) == 2 else ""
         raise ValueError(f"polarities {' and '.join(map(str, found[:4]))}{remedy}")
     # A little out of order is usual, and to_frames sorts it; more is a reset clock or wrong bytes.
-    t = events["t"].astype(np.float64)
+    t = (events["t"] + 0).astype(np.float64)  # a time is no string
     back, duration = (np.maximum.accumulate(t) - t).max(), t.max() - t.min()
     if not back <= 0.01 * duration:  # also of NaN
         raise ValueError(f"time runs backwards, by {back:g} of {duration:g}")
@@ -230,7 +231,6 @@ def format_error(e):
 
 
 # --------------------------------------------------------------- frames of all recordings, cached
-
 NOT_OPENED = "cannot be opened: "  # recordings with this error are tried again, once they can be
 
 
@@ -242,9 +242,8 @@ def cache_key(recordings, read, settings):
     functions = [getattr(read, "func", read), read_file, *(READERS[e] for e in endings),
                  toy_outlines, validate_events, to_frames]
     code = [inspect.getsource(f) if inspect.isfunction(f) else repr(f) for f in functions]
-    options = getattr(read, "keywords", None)  # of a partial
-    made_from = json.dumps([recordings, stats, settings, code, options, FIELDS], sort_keys=True)
-    return hashlib.sha256(made_from.encode()).hexdigest()[:12]
+    made_from = [recordings, stats, settings, code, FIELDS, getattr(read, "keywords", None)]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
 
 
 def read_cache(path):
@@ -252,9 +251,10 @@ def read_cache(path):
     try:
         frames = np.load(path, mmap_mode="c")  # "c", because torch wants memory it could write to
         about = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError, EOFError):
+        frames[:0], about["ids"], about["warnings"]  # or it is another file
+        closed = [key for key, why in about["broken"].items() if why.startswith(NOT_OPENED)]
+    except Exception:  # there is no list of all that a damaged file may raise
         return None
-    closed = [key for key, why in about["broken"].items() if why.startswith(NOT_OPENED)]
     return None if any(os.access(key, os.R_OK) for key in closed) else (frames, about)
 
 
@@ -282,9 +282,7 @@ def make_frames(path, recordings, read, settings, dtype=np.uint8):
                 crowded = settings["frames_by"] == "time" and events.max() > 0.9 * events.sum()
                 notes[f"nearly all events in one frame of {T}"] += crowded and T > 1
             f.truncate(f.tell() + len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize)
-    except OverflowError:
-        about = None
-    if about is None:  # begin again, with room for larger counts
+    except OverflowError:  # begin again, with room for larger counts
         return make_frames(path, recordings, read, settings, np.int16)
     about["warnings"] = [f"{n} recordings with {what}" for what, n in notes.items() if n]
     write_json(path.with_suffix(".json"), about)  # last: without it, the frames do not count
@@ -295,7 +293,7 @@ def map_recordings(keys, read, settings, broken):
     """Yield (key, frames, id) of what can be read, in order, by all cores; broken gets the rest."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = DataLoader(
-        keys, batch_size=None, num_workers=min(cores, len(keys)),
+        keys, batch_size=None, num_workers=min(cores, len(keys)), worker_init_fn=end_with_parent,
         collate_fn=partial(try_recording, read=read, settings=settings),
         generator=torch.Generator())  # its own, or later draws depend on whether frames are cached
     try:
@@ -307,6 +305,11 @@ def map_recordings(keys, read, settings, broken):
     except RuntimeError:
         raise UserError("a process that reads recordings was killed (out of memory?) or did not "
                         "start (data.load outside of a script's if __name__ == '__main__':)")
+
+
+def end_with_parent(worker):
+    """End a worker process when its parent ends, even by kill -9."""
+    threading.Thread(target=lambda: os._exit(parent_process().join() or 1), daemon=True).start()
 
 
 def try_recording(key, read, settings):
@@ -409,15 +412,14 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
               rotation=30, shear=0.3, cutout=0.125):
     """Draw the parameters of B views -> dict of tensors [B], or [2, B] (x and y).
 
-    NDA's operations (Li et al. 2022; defaults: its ranges at magnitude 2 and 128 pixels) and a
-    crop. flip: mirror, p 0.5. min_scale, max_scale: the crop's share of the image's area, stretched
-    to the view (above 1: the image shrinks). Then num_ops of four, drawn for each view: shift of
-    the crop by up to this share of the image's side (what leaves is lost; in NDA it enters again);
-    rotation in degrees; shear in columns per row; cutout, a square hole of this share of its side.
+    NDA's operations (Li et al. 2022; defaults: its ranges at magnitude 2, 128 pixels) and a crop.
+    flip: mirror, p 0.5. min_scale, max_scale: the crop's share of the image's area, stretched to
+    the view (above 1: the image shrinks). Then num_ops of four, drawn for each view: shift of the
+    crop in sides of the image (what leaves is lost; in NDA it enters again); rotation in degrees;
+    shear in columns per row; cutout, a square hole in sides of the view.
     """
     def uniform(*size):  # in [-1, 1)
         return torch.rand(*size, device=device) * 2 - 1
-
     # Each view draws a random order of 0 to 3; an operation is used if its number is below num_ops.
     shifted, rotated, sheared, cut = torch.rand(4, B, device=device).argsort(0) < num_ops  # [B]
     side = (min_scale + torch.rand(B, device=device) * (max_scale - min_scale)).sqrt()
@@ -430,7 +432,6 @@ def draw_view(B, device, num_ops=3, flip=True, min_scale=0.5, max_scale=1.0, shi
 
 
 # ------------------------------------ where recordings come from: toy data, a folder, public data
-
 TOY_SEED, TOY_SENSOR, TOY_TRAIN, TOY_TEST = 0, 32, 2000, 500
 
 
@@ -503,7 +504,6 @@ def list_folder(folder, columns, only):
     used = parts or [f for f in found if len(f) == 2] or [f for f in found if len(f) == 1]
     if unused := Counter(os.path.join(folder, *f[:-1]) for f in set(found) - set(used)):
         print("left out:", ", ".join(f"{n} in {place}" for place, n in sorted(unused.items())))
-    # (class, key): a class is the folder that holds the recording
     recordings = [((os.path.basename(folder), *f)[-2], os.path.join(folder, *f)) for f in used]
     if not parts and {f[0].lower() for f in used if len(f) == 2} & {"train", "test"}:
         raise UserError(f"{folder}: Train and Test need a folder for each class, even for one")

@@ -225,7 +225,7 @@ def predict_files(args):
         x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
         probability, c = models.predict(model, [(x, None)]).mean(0)[0].softmax(0).max(0)
         rows.append(dict(path=path, predicted=classes[c], probability=round(probability.item(), 4)))
-    data.report_broken(broken, len(files), args.skip_broken)
+    data.report_broken(broken, len({*files}), args.skip_broken)
     return rows
 
 

@@ -359,7 +359,7 @@ def save(name, args, content):
         try:
             with data.new_file(os.path.join(args.out, name)) as f:
                 torch.save(content | dict(args=vars(args)), f)
-        except RuntimeError as e:  # a full disk
+        except (RuntimeError, OSError) as e:  # a full disk
             raise UserError(f"{args.out}/{name} cannot be written ({data.format_error(e)})")
 
 
@@ -390,9 +390,9 @@ def init_distributed(args, state):
     if args.batch_size < 3 * dist.get_world_size():
         raise UserError(f"--batch-size {args.batch_size}: fewer than 3 for each process")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
     found = [args, state]
-    dist.broadcast_object_list(found)  # the others may not see the run's folder
+    dist.broadcast_object_list(found)  # the others may see another disk
     found[0].device = args.device
     return found
 
@@ -461,7 +461,7 @@ def add_flags(parser):
     add("--alpha", type=in_range(float, 0), help="weight of MBC, InfoNCE of the average over time")
     add("--beta", type=in_range(float, 0), help="weight of MAC, average over time of InfoNCE")
     add("--pretrain-on", type=data.resolve, help="pre-train on this folder or data set instead")
-    add("--init", help="fine-tune the encoder of this checkpoint instead of pre-training one")
+    add("--init", type=os.path.abspath, help="fine-tune this checkpoint's encoder instead")
     add = parser.add_argument_group("fine-tuning, with labels").add_argument
     add("--epochs", type=in_range(int, 0), help="0: pre-train only")
     add("--lr", type=learning_rate, help="peak learning rate")
