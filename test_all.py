@@ -573,6 +573,23 @@ def test_data_split_events_deals_each_event_to_one_half():
     assert (a - b).square().sum() / x.sum() == pytest.approx(1, abs=0.03)  # one by one
 
 
+def test_data_crops_in_time_equal_a_loop_over_overlaps(monkeypatch):
+    x, T, draws = torch.randint(1000, (5, 10_000, 2, 1, 1)).float(), 5, torch.rand(2, 10_000)
+    kept = data.augment(x, 0.2, num_ops=0, flip=False, min_scale=1.0).sum() / x.sum()
+    assert kept == pytest.approx(0.6, abs=0.01)
+    monkeypatch.setattr(torch, "rand", lambda *_, left=[*draws], **__: left.pop(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        views = data.crop_time(x, 0.2)
+    length = 1 - 0.8 * draws[0]
+    begin = (1 - length) * draws[1]
+    assert [length.min(), length.max()] == pytest.approx([0.2, 1], abs=0.01)
+    for v, t in itertools.product(range(T), range(T)):
+        start, end = begin + length * v / T, begin + length * (v + 1) / T  # of the recording
+        share = T * (end.clamp(max=(t + 1) / T) - start.clamp(min=t / T)).clamp(min=0)  # of frame t
+        views[v] -= share[:, None, None, None] * x[t]
+    assert views.abs().max() < 0.01
+
+
 def test_data_views_are_drawn_from_their_ranges():
     draw = data.draw_view(10_000, "cpu", num_ops=1, min_scale=1.0, shift=0.1, cutout=0.2)
     reach = dict(centre=0.2, angle=math.radians(30), shear=0.3, half_hole=0.2)
@@ -1187,21 +1204,22 @@ def before_the_loop(whole, phase, **flags):
     return args, split, train_phase.call_args.args
 
 
-@pytest.mark.parametrize("split_events", [True, False])
-def test_train_contrasts_two_views_of_a_recording(whole, monkeypatch, split_events):
+@pytest.mark.parametrize("split_events, crop", [(True, 0.5), (False, 1.0)])
+def test_train_contrasts_two_views_of_a_recording(whole, monkeypatch, split_events, crop):
     args, split, (_, net, _, compute_loss, *_) = before_the_loop(
-        whole, train.pretrain, split_events=split_events)
+        whole, train.pretrain, split_events=split_events, crop_time=crop)
     augment, drawn, views = data.augment, [], []
 
-    def recorded(x, **ranges):
-        drawn.append((x, ranges, augment(x, **ranges)))
+    def recorded(x, *crop, **ranges):
+        drawn.append((x, (*crop, ranges), augment(x, *crop, **ranges)))
         return drawn[-1][2]
     monkeypatch.setattr(data, "augment", recorded)
     net.register_forward_pre_hook(lambda net, inputs: views.extend(inputs))
     x, y = next(train.mixed_batches(split, args))
     assert compute_loss(x, y)[0].requires_grad
     (x_q, ranges_q, view_q), (x_k, ranges_k, view_k) = drawn
-    assert ranges_q == ranges_k == data.AFFINE_AUG and views[0] is view_q and views[1] is view_k
+    assert ranges_q == ranges_k == (crop, data.AFFINE_AUG)
+    assert views[0] is view_q and views[1] is view_k
     assert (view_q != view_k).any((0, 2, 3, 4)).all()  # of each recording
     assert torch.equal(x_q + x_k, x) if split_events else x_q is x_k is x
 

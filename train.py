@@ -94,8 +94,8 @@ def pretrain(encoder, unlabelled, args, state):
 
     def compute_loss(x, y):
         x_q, x_k = data.split_events(x) if args.split_events else (x, x)
-        view_q = data.augment(x_q, **args.pretrain_aug)
-        view_k = data.augment(x_k, **args.pretrain_aug)
+        view_q = data.augment(x_q, args.crop_time, **args.pretrain_aug)
+        view_k = data.augment(x_k, args.crop_time, **args.pretrain_aug)
         return model(view_q, view_k), moco.accuracy
 
     N = len(unlabelled.labels)
@@ -455,6 +455,7 @@ def add_flags(parser):
     add("--pretrain-epochs", type=in_range(int, 0), help="0: fine-tune from scratch")
     add("--pretrain-lr", type=learning_rate, help="peak learning rate")
     add("--split-events", action=argparse.BooleanOptionalAction, help="views that share no event")
+    add("--crop-time", type=in_range(float, 0.01, 1), help="least share of the time in a view")
     add("--queue-size", type=positive, help="negatives K, well below the number of recordings")
     add("--momentum", type=in_range(float, 0, 1), help="of the key encoder; 0: a copy, 1: frozen")
     add("--temperature", type=in_range(float, 1e-3), help="of InfoNCE")
