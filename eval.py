@@ -103,7 +103,7 @@ def spike_stats(model, batches):
     qkv = [m.qkv for m in model.modules() if isinstance(m, models.SpikingSelfAttention)]
 
     def count(name, x, macs):
-        # MACs: the first layer (of frames) and means over space (head); else x is a sum of spikes.
+        # MACs: the first layer (of frames) and means over space (heads); else x is a sum of spikes.
         real = not totals or (x != x.round()).any().item()
         totals[name] += macs, macs * x.mean(dtype=torch.float32).item(), real
 
@@ -120,8 +120,9 @@ def spike_stats(model, batches):
             rasters.setdefault(name, out[:, 0].flatten(1).float().cpu()[:, neurons])
 
     for name, module in model.named_modules():  # conv and lif of a block are one layer
-        name = name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif")
-        module.register_forward_hook(functools.partial(hook, name))
+        layer = name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif")
+        layer = "heads" if name.startswith("heads.") else layer
+        module.register_forward_hook(functools.partial(hook, layer))
     outputs = models.predict(model, batches)
     T, N, _ = outputs.shape
     if spikes:  # a network of other neurons has none

@@ -151,18 +151,20 @@ def channels_last(x):
 
 
 class Classifier(nn.Module):
-    """Encoder and linear head: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
+    """Encoder and linear heads: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
+    n_heads: 1 for all time steps, or T, one for each, so that it counts when a feature is seen.
     freeze_norm: in training, too, batch norm uses its running statistics, because those of a few
     labelled recordings are too far from those that the encoder was pre-trained with.
     """
 
-    def __init__(self, encoder, num_classes, freeze_norm=False):
+    def __init__(self, encoder, num_classes, n_heads=1, freeze_norm=False):
         super().__init__()
         self.encoder, self.freeze_norm = encoder, freeze_norm
-        self.head = nn.Linear(encoder.dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.heads = nn.ModuleList(nn.Linear(encoder.dim, num_classes) for _ in range(n_heads))
+        for head in self.heads:
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
 
     def train(self, mode=True):
         super().train(mode)
@@ -172,7 +174,9 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, x):
-        return self.head(self.encoder(x))  # [T, B, num_classes]
+        features = self.encoder(x)  # [T, B, D]
+        heads = [self.heads[t % len(self.heads)] for t in range(len(features))]
+        return torch.stack([head(z) for head, z in zip(heads, features)])  # [T, B, num_classes]
 
 
 def build(arch, image_size):
@@ -280,7 +284,8 @@ def load_model(path, device="cpu"):
             raise ValueError("a state.pt, or written by an earlier version")
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":
-            model = Classifier(model, len(checkpoint["classes"]))
+            n_heads = sum(name.startswith("heads.") for name in checkpoint["weights"]) // 2
+            model = Classifier(model, len(checkpoint["classes"]), n_heads)
         model.load_state_dict(checkpoint["weights"])
     except Exception as e:  # there is no list of all that a foreign file may raise
         reason = " ".join(f"{type(e).__name__}: {e}".split()).split(". ")[0][:200]

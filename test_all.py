@@ -927,7 +927,7 @@ def test_eval_accuracy_equals_loops():
 def test_eval_counts_spikes_and_operations_of_every_layer(arch, layers):
     """Four recordings in two batches, beside the inputs and outputs that hooks see at once."""
     T, B, x, seen, spikes = 3, 4, torch.rand(3, 4, 2, 16, 16), {}, []
-    net = models.Classifier(models.build(arch, 16), 5)
+    net = models.Classifier(models.build(arch, 16), 5, n_heads=3)
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):  # with the statistics of x, so that all fires
             m.momentum = 1.0
@@ -935,7 +935,7 @@ def test_eval_counts_spikes_and_operations_of_every_layer(arch, layers):
     net.train()(x)
     net.eval()
     out, stats, rasters = evaluation.spike_stats(net, [(x[:, :3], None), (x[:, 3:], None)])
-    assert torch.equal(out, net(x)) and not any(m._forward_hooks for m in net.modules())
+    assert torch.allclose(out, net(x)) and not any(m._forward_hooks for m in net.modules())
     for name, m in net.named_modules():
         def note(m, inputs, out, name=name.removeprefix("encoder.")):
             seen[name] = m, inputs[0], out
@@ -948,8 +948,9 @@ def test_eval_counts_spikes_and_operations_of_every_layer(arch, layers):
         if name + ".qkv" in seen:  # attention; a spike of q or k adds 16 numbers
             macs, added = 2 * 16 * 16 * 16 * T, 16 * seen[name + ".qkv"][2][:, :, :32].sum() / B
         else:
-            m, x, out = seen.get(name + ".conv") or seen[name]
+            m, x, out = seen.get(name + ".conv") or seen["heads.2"]
             macs = out.numel() // B * (m.weight.numel() // m.weight.shape[0])
+            macs = 3 * macs if name == "heads" else macs  # one a step
             added = macs * x.mean() * (0 < i < layers - 1)  # real numbers enter first and last
         energy = 0.9e-6 * added if added else 4.6e-6 * macs
         costs = dict(macs=macs, operations=float(added), energy=float(energy))
@@ -1094,8 +1095,10 @@ def test_eval_on_other_classes_and_in_another_order(whole, shapes, tmp_path):
     assert f"kNN {100 * evaluation.knn_accuracy(z, y, z_test, y_test):.2f} %" in own[-2]
 
     outputs = F.one_hot((y_test + 2) % 3).float()  # of a head for b, c, a
-    head = {"head.weight": torch.linalg.lstsq(z_test, outputs)[0].T, "head.bias": torch.zeros(3)}
-    checkpoint |= dict(weights=checkpoint["weights"] | head, classes=["b", "c", "a"])
+    weight = torch.linalg.lstsq(z_test, outputs)[0].T
+    heads = {name: torch.zeros(3) if name.endswith("bias") else weight
+             for name in checkpoint["weights"] if name.startswith("heads.")}
+    checkpoint |= dict(weights=checkpoint["weights"] | heads, classes=["b", "c", "a"])
     torch.save(checkpoint, tmp_path / "f.pt")
     assert float(run_eval(tmp_path / "f.pt")[0][-1].split()[2]) > 80
     torch.save(checkpoint | dict(classes=["b", "c", "z"]), tmp_path / "f.pt")
@@ -1241,7 +1244,8 @@ def test_train_monitor_never_asks_a_recording_about_itself(whole, monkeypatch):
 def test_train_finetunes_by_the_mean_over_time(whole, pretrain_epochs):
     args, split, (_, net, _, compute_loss, *_) = before_the_loop(
         whole, train.finetune, pretrain_epochs=pretrain_epochs)
-    torch.nn.init.normal_(net.head.weight)
+    for head in net.heads:
+        torch.nn.init.normal_(head.weight)
     x, y = next(train.mixed_batches(split, args))
     assert net.train().encoder.training  # in a backbone of your own, dropout is active
     before = copy.deepcopy(net.encoder.state_dict())
@@ -1257,15 +1261,22 @@ def test_train_finetunes_by_the_mean_over_time(whole, pretrain_epochs):
     assert accuracy == sum(row.argmax() == label for row, label in zip(mean, y)) / len(y)
 
 
-def test_train_fits_the_head_to_the_frozen_encoder_first(whole):
-    accuracy, source = {}, torch.load(whole / "pretrained.pt")["weights"]
+def test_train_fits_heads_to_the_frozen_encoder_first(whole, monkeypatch):
+    accuracy, source, fitted = {}, torch.load(whole / "pretrained.pt")["weights"], []
+    fit_linear = models.fit_linear
+    monkeypatch.setattr(models, "fit_linear", lambda *a: fitted.append(fit_linear(*a)) or fitted[0])
     for epochs in 2, 0:
         _, split, (_, net, encoder, *_) = before_the_loop(
             whole, train.finetune, pretrain_epochs=epochs)
-        logits = models.predict(net, data.batches(split, 6)).mean(0)
-        accuracy[epochs] = (logits.argmax(1) == torch.tensor(split.labels)).float().mean()
+        z, logits = (models.predict(m, data.batches(split, 6)) for m in (encoder, net))
+        accuracy[epochs] = (logits.mean(0).argmax(1) == torch.tensor(split.labels)).float().mean()
         assert equal(encoder.state_dict(), source)
-    assert accuracy[2] > 0.6 > accuracy[0]  # from scratch: a random head
+        heads = net.heads if epochs else [net.heads[0]] * 2  # from scratch: one, and random
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(logits, map(
+            lambda head, z: z @ head.weight.T + head.bias, heads, z)))
+        if epochs:  # of all features of a recording, side by side
+            torch.testing.assert_close(logits.mean(0), fitted[0](torch.cat([*z], 1)))
+    assert len(fitted) == 1 and accuracy[2] > 0.6 > accuracy[0]
 
 
 class OneDevice(TorchDispatchMode):
@@ -1281,7 +1292,7 @@ class OneDevice(TorchDispatchMode):
 def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monkeypatch):
     """Asking a device without values for one raises: the end of an epoch does, nothing before."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(train, "fit_head", lambda *_: None)  # before the loop, on the CPU
+    monkeypatch.setattr(train, "fit_heads", lambda *_: None)  # before the loop, on the CPU
     args = types.SimpleNamespace(**data.FOLDER_DEFAULTS | dict(
         device="meta", batch_size=3, no_compile=True, seed=0, init=None, split_events=False))
     frames = torch.zeros(6, 4, 2, size, size, dtype=torch.uint8)

@@ -126,14 +126,16 @@ def pretrain(encoder, unlabelled, args, state):
 
 
 def finetune(encoder, labelled, args, state, seen):
-    """Train encoder and head by the cross-entropy of the logits averaged over time."""
+    """Train encoder and heads by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
     pretrained = bool(args.init or args.pretrain_epochs)
-    classifier = models.Classifier(encoder, len(labelled.classes), freeze_norm=pretrained)
+    # From scratch, one head learns more from few labels than one for each step.
+    classifier = models.Classifier(encoder, len(labelled.classes),
+                                   args.n_frames if pretrained else 1, freeze_norm=pretrained)
     classifier.to(args.device)
-    # The gradients of a random head would undo a part of pre-training (Kumar et al. 2022).
-    if pretrained and "finetune" not in state:  # a resumed run has a head
-        fit_head(classifier, labelled, args)
+    # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
+    if pretrained and "finetune" not in state:  # a resumed run has its heads
+        fit_heads(classifier, labelled, args)
     model = wrap_model(classifier, args)
 
     def compute_loss(x, y):
@@ -147,15 +149,18 @@ def finetune(encoder, labelled, args, state, seen):
     return classifier
 
 
-def fit_head(classifier, labelled, args):
-    """Fit the head to the frozen encoder's features of 1,000 views or more, in whole passes."""
+def fit_heads(classifier, labelled, args):
+    """Fit the heads to the frozen encoder's features of 1,000 views or more, in whole passes."""
     passes = math.ceil(1000 / len(labelled.labels))
     views = ((data.augment(x, **args.finetune_aug), y) for _ in range(passes)
              for x, y in data.batches(labelled, args.batch_size, args.device))
-    features = models.predict(classifier.encoder, views).mean(0)  # [passes * N, D]
-    labels = torch.tensor(labelled.labels).repeat(passes)
-    head = models.fit_linear(features, labels, len(labelled.classes))
-    classifier.head.load_state_dict(head.state_dict())
+    features = models.predict(classifier.encoder, views)  # [T, passes * N, D]
+    labels, T = torch.tensor(labelled.labels).repeat(passes), len(features)
+    # one linear classifier of all T features of a recording; a head has its part, times T because
+    # logits are averaged
+    whole = models.fit_linear(features.transpose(0, 1).flatten(1), labels, len(labelled.classes))
+    for head, weight in zip(classifier.heads, whole.weight.chunk(T, 1)):  # each [classes, D]
+        head.load_state_dict(dict(weight=T * weight, bias=whole.bias))
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
