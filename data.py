@@ -43,7 +43,7 @@ DEFAULTS = dict(
     pretrain_epochs=200, momentum=0.999,  # [A]
     epochs=106, lr=1e-3, weight_decay=0.06, batch_size=16,  # [S]
     pretrain_lr=1e-3, queue_size=4096, temperature=0.1, alpha=0.5, beta=0.5,
-    pretrain_aug=STRONG_AUG, finetune_aug=MILD_AUG, crop_time=1.0,  # 1: a view shows all the time
+    pretrain_aug=STRONG_AUG, finetune_aug=MILD_AUG, crop_time=1.0,  # 1: a view shows all of it
     split_events=False, labels_per_class=0)  # True: the two views share no event; 0: all labels
 # Chosen on held-back training recordings of N-MNIST and gestures; see docs/experiments.md.
 REAL = dict(pretrain_lr=2e-3, pretrain_aug=AFFINE_AUG, split_events=True, crop_time=0.5,
@@ -386,29 +386,28 @@ def split_events(x):
 def crop_time(x, shortest):
     """Show a random stretch of every recording in all T frames: x [T, B, 2, H, W] -> same shape.
 
-    It lasts from shortest to 1 of the recording. A frame of the view sums those of x that it meets,
-    each times the share of it that lies within: counts may be fractions.
+    It is as long as shortest to 1 times the recording. A frame of the view has, of each frame of x
+    that it overlaps, that share of the counts; so half a recording has half the events.
     """
+    if shortest == 1:
+        return x
     T, B = x.shape[:2]
     length = 1 - (1 - shortest) * torch.rand(B, device=x.device)
     begin = (1 - length) * torch.rand(B, device=x.device)
     t = torch.arange(T + 1, device=x.device)[:, None]  # [T + 1, 1]
-    cuts = T * begin + length * t  # [T + 1, B]: where the view's frames begin and end, in x's
+    cuts = T * begin + length * t  # [T + 1, B]: ends of the view's frames, in frames of x
     before = (cuts[:, None] - t[:-1]).clamp(0, 1)  # [T + 1, T, B]: the share of x[t] before a cut
     with torch.autocast(x.device.type, enabled=False):  # bf16 would round the counts
         return torch.einsum("vtb,tbchw->vbchw", before.diff(dim=0), x)  # [T, B, 2, H, W]
 
 
-def augment(x, shortest=1.0, **ranges):
+def augment(x, **ranges):
     """Draw a random view of every recording: x [T, B, 2, H, H] -> the same shape.
 
-    shortest below 1 crops time; all time steps and both polarities share one view in space, of
-    ranges as in draw_view. Order: flip, shear, crop with shift, rotation, hole. All but the hole
-    are a matrix: pixel (u, v) of the view shows the image's pixel nearest to theta @ (u, v, 1),
-    else 0. u runs right, v down, edges at -1 and 1.
+    All its time steps and both polarities share one; ranges: see draw_view. Order: flip, shear,
+    crop with shift, rotation, hole. All but the hole are a matrix: pixel (u, v) of the view shows
+    the image's pixel nearest to theta @ (u, v, 1), else 0. u runs right, v down, edges at -1 and 1.
     """
-    if shortest < 1:
-        x = crop_time(x, shortest)
     T, B, C, H, _ = x.shape
     draw = draw_view(B, x.device, **ranges)
     # from the view to the crop: rotation, size, place; then on to the image: shear, flip

@@ -174,8 +174,7 @@ def evaluate(path, args):
                  train_features=z, test_names=test.names, test_labels=y_test, test_features=z_test,
                  **(logits if kind == "finetuned" else {}))
 
-    # as in pre-training, but without --split-events and --crop-time
-    view = functools.partial(data.augment, **was["pretrain_aug"])
+    view = functools.partial(data.augment, **was["pretrain_aug"])  # of all events, all the time
     torch.manual_seed(0)  # always the same views
     results |= alignment_uniformity(encode(test, view), encode(test, view), z_test)
     return results, dict(test=test, view=view, features=z_test, rasters=rasters)

@@ -175,8 +175,8 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         features = self.encoder(x)  # [T, B, D]
-        heads = [self.heads[t % len(self.heads)] for t in range(len(features))]
-        return torch.stack([head(z) for head, z in zip(heads, features)])  # [T, B, num_classes]
+        heads = self.heads if len(self.heads) > 1 else [*self.heads] * len(features)
+        return torch.stack([head(z) for head, z in zip(heads, features, strict=True)])  # [T, B, C]
 
 
 def build(arch, image_size):

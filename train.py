@@ -94,8 +94,8 @@ def pretrain(encoder, unlabelled, args, state):
 
     def compute_loss(x, y):
         x_q, x_k = data.split_events(x) if args.split_events else (x, x)
-        view_q = data.augment(x_q, args.crop_time, **args.pretrain_aug)
-        view_k = data.augment(x_k, args.crop_time, **args.pretrain_aug)
+        view_q = data.augment(data.crop_time(x_q, args.crop_time), **args.pretrain_aug)
+        view_k = data.augment(data.crop_time(x_k, args.crop_time), **args.pretrain_aug)
         return model(view_q, view_k), moco.accuracy
 
     N = len(unlabelled.labels)
@@ -129,9 +129,8 @@ def finetune(encoder, labelled, args, state, seen):
     """Train encoder and heads by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
     pretrained = bool(args.init or args.pretrain_epochs)
-    # From scratch, one head learns more from few labels than one for each step.
-    classifier = models.Classifier(encoder, len(labelled.classes),
-                                   args.n_frames if pretrained else 1, freeze_norm=pretrained)
+    n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
+    classifier = models.Classifier(encoder, len(labelled.classes), n_heads, freeze_norm=pretrained)
     classifier.to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
@@ -156,11 +155,12 @@ def fit_heads(classifier, labelled, args):
              for x, y in data.batches(labelled, args.batch_size, args.device))
     features = models.predict(classifier.encoder, views)  # [T, passes * N, D]
     labels, T = torch.tensor(labelled.labels).repeat(passes), len(features)
-    # one linear classifier of all T features of a recording; a head has its part, times T because
-    # logits are averaged
-    whole = models.fit_linear(features.transpose(0, 1).flatten(1), labels, len(labelled.classes))
-    for head, weight in zip(classifier.heads, whole.weight.chunk(T, 1)):  # each [classes, D]
-        head.load_state_dict(dict(weight=T * weight, bias=whole.bias))
+    # Head t has its columns of a linear classifier of all T features, times T because logits are
+    # averaged, and a bias that gives all heads the same mean logits.
+    z = features.transpose(0, 1).flatten(1)  # [passes * N, T * D]
+    whole = models.fit_linear(z, labels, len(labelled.classes))
+    for head, weight, z_t in zip(classifier.heads, (T * whole.weight).chunk(T, 1), features):
+        head.load_state_dict(dict(weight=weight, bias=(whole(z) - z_t @ weight.T).mean(0)))
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
@@ -352,7 +352,7 @@ def read_state(folder):
         return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["args"], state["ids"], state["seen"]  # or it is another file
+        state["args"]["crop_time"], state["ids"], state["seen"]  # or it is another file, or older
         return state
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume {folder}: no state.pt of this train.py ({data.format_error(e)})")
@@ -460,7 +460,7 @@ def add_flags(parser):
     add("--pretrain-epochs", type=in_range(int, 0), help="0: fine-tune from scratch")
     add("--pretrain-lr", type=learning_rate, help="peak learning rate")
     add("--split-events", action=argparse.BooleanOptionalAction, help="views that share no event")
-    add("--crop-time", type=in_range(float, 0.01, 1), help="least share of the time in a view")
+    add("--crop-time", type=in_range(float, 0.01, 1), help="least share of a recording in a view")
     add("--queue-size", type=positive, help="negatives K, well below the number of recordings")
     add("--momentum", type=in_range(float, 0, 1), help="of the key encoder; 0: a copy, 1: frozen")
     add("--temperature", type=in_range(float, 1e-3), help="of InfoNCE")
