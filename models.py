@@ -154,8 +154,7 @@ class Classifier(nn.Module):
     """Encoder and linear heads: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
     n_heads: 1 for all time steps, or T, one for each, so that it counts when a feature is seen.
-    freeze_norm: in training, too, batch norm uses its running statistics, because those of a few
-    labelled recordings are too far from those that the encoder was pre-trained with.
+    freeze_norm: train with the statistics of pre-training, as a batch of few recordings has others.
     """
 
     def __init__(self, encoder, num_classes, n_heads=1, freeze_norm=False):

@@ -1196,10 +1196,11 @@ def test_train_labels_per_class(shapes, monkeypatch):
     refused("class 1: fewer labels than processes", train.few_shot_subset, split, 1, 0)
 
 
-def before_the_loop(whole, phase, **flags):
+def before_the_loop(whole, phase, recordings=60, **flags):
     """Call train.pretrain or train.finetune -> (args, split, what it passes to train_phase)."""
     encoder, checkpoint = models.load_model(whole / "pretrained.pt")
     args, split = types.SimpleNamespace(**checkpoint["args"] | flags), load_shapes(whole)[0]
+    split = data.select(split, slice(recordings))
     with mock.patch.object(train, "train_phase", side_effect=StopIteration) as train_phase:
         seen = [split.ids] if phase is train.finetune else []
         refused(None, phase, encoder, split, args, {}, *seen, error=StopIteration)
@@ -1272,12 +1273,17 @@ def test_train_fits_heads_to_the_frozen_encoder_first(whole, monkeypatch):
         accuracy[epochs] = (logits.mean(0).argmax(1) == torch.tensor(split.labels)).float().mean()
         assert equal(encoder.state_dict(), source)
         heads = net.heads if epochs else [net.heads[0]] * 2  # from scratch: one, and random
-        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(logits, map(
-            lambda head, z: z @ head.weight.T + head.bias, heads, z)))
+        slow = [z_t @ head.weight.T + head.bias for head, z_t in zip(heads, z)]
+        torch.testing.assert_close(logits, torch.stack(slow))
         if epochs:  # of all features of a recording, side by side; without a step of more weight
             torch.testing.assert_close(logits.mean(0), fitted[0](torch.cat([*z], 1)))
             assert (logits.mean(1) - logits.mean((0, 1))).abs().max() < 0.1 * logits.std()
     assert len(fitted) == 1 and accuracy[2] > 0.6 > accuracy[0]
+    for recordings, epochs in (29, 2), (30, 2), (29, 0):  # 10 labels of each of 3 classes, or less
+        _, _, (_, net, encoder, *_) = before_the_loop(
+            whole, train.finetune, recordings, pretrain_epochs=epochs)
+        trained = {p.requires_grad for p in encoder.parameters()}
+        assert trained == {recordings == 30 or epochs == 0} and net.heads[0].weight.requires_grad
 
 
 class OneDevice(TorchDispatchMode):

@@ -128,9 +128,11 @@ def pretrain(encoder, unlabelled, args, state):
 def finetune(encoder, labelled, args, state, seen):
     """Train encoder and heads by the cross-entropy of the logits averaged over time."""
     torch.manual_seed(args.seed)
-    pretrained = bool(args.init or args.pretrain_epochs)
+    pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
     n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
-    classifier = models.Classifier(encoder, len(labelled.classes), n_heads, freeze_norm=pretrained)
+    classifier = models.Classifier(encoder, n_classes, n_heads, freeze_norm=pretrained)
+    # What fewer than 10 labels a class would teach a pre-trained encoder is these recordings.
+    encoder.requires_grad_(not pretrained or len(labelled.labels) >= 10 * n_classes)
     classifier.to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
@@ -238,9 +240,8 @@ def build_optimizer(model, weight_decay):
 
 def warmup_cosine(step, steps):
     """Compute a step's share of the learning rate: a cosine from 1 to 0, or a lower warm-up."""
-    # At least 5: with frozen batch norm, AdamW's first step is far too large for the fitted head.
-    warmup = max(5, steps // 20)
-    return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    # At least 5: with frozen batch norm, AdamW's first step is far too large for fitted heads.
+    return min((step + 1) / max(5, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def wrap_model(model, args):
