@@ -453,7 +453,7 @@ def add_flags(parser):
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size in pixels of a folder's sensor, unless .aedat4 files name it")
-    add("--labels-per-class", type=in_range(int, 0), help="for fine-tuning; 0: all")
+    add("--labels-per-class", type=in_range(int, 0), help="0: all; below 10, only the heads learn")
     add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
