@@ -386,8 +386,8 @@ def split_events(x):
 def crop_time(x, shortest):
     """Show a random stretch of every recording in all T frames: x [T, B, 2, H, W] -> same shape.
 
-    It is as long as shortest to 1 times the recording. A frame of the view has, of each frame of x
-    that it overlaps, that share of the counts; so half a recording has half the events.
+    It is as long as shortest to 1 times the recording. A frame of the view sums what it overlaps of
+    each frame of x, as if its events were evenly spread, so half a recording has half the events.
     """
     if shortest == 1:
         return x

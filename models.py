@@ -153,7 +153,7 @@ def channels_last(x):
 class Classifier(nn.Module):
     """Encoder and linear heads: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
-    n_heads: 1 for all time steps, or T, one for each, so that it counts when a feature is seen.
+    n_heads: 1 for all time steps, or T, one for each, so that the time of a feature counts.
     freeze_norm: train with the statistics of pre-training, as a batch of few recordings has others.
     """
 

@@ -126,12 +126,12 @@ def pretrain(encoder, unlabelled, args, state):
 
 
 def finetune(encoder, labelled, args, state, seen):
-    """Train encoder and heads by the cross-entropy of the logits averaged over time."""
+    """Train heads and, with enough labels, encoder: cross-entropy of logits averaged over time."""
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
     n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
     classifier = models.Classifier(encoder, n_classes, n_heads, freeze_norm=pretrained)
-    # What fewer than 10 labels a class would teach a pre-trained encoder is these recordings.
+    # Fewer than 10 labels a class cost a pre-trained encoder more than they teach it.
     encoder.requires_grad_(not pretrained or len(labelled.labels) >= 10 * n_classes)
     classifier.to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
@@ -453,7 +453,7 @@ def add_flags(parser):
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size in pixels of a folder's sensor, unless .aedat4 files name it")
-    add("--labels-per-class", type=in_range(int, 0), help="0: all; below 10, only the heads learn")
+    add("--labels-per-class", type=in_range(int, 0), help="0: all; 1 to 9: the encoder is frozen")
     add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
