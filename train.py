@@ -131,8 +131,8 @@ def finetune(encoder, labelled, args, state, seen):
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
     n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
     classifier = models.Classifier(encoder, n_classes, n_heads, freeze_norm=pretrained)
-    # Fewer than 10 labels a class cost a pre-trained encoder more than they teach it.
-    encoder.requires_grad_(not pretrained or len(labelled.labels) >= 10 * n_classes)
+    if pretrained and len(labelled.labels) < 10 * n_classes:  # they cost more than they teach
+        encoder.requires_grad_(False)
     classifier.to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
@@ -157,12 +157,12 @@ def fit_heads(classifier, labelled, args):
              for x, y in data.batches(labelled, args.batch_size, args.device))
     features = models.predict(classifier.encoder, views)  # [T, passes * N, D]
     labels, T = torch.tensor(labelled.labels).repeat(passes), len(features)
-    # Head t has its columns of a linear classifier of all T features, times T because logits are
-    # averaged, and a bias that gives all heads the same mean logits.
+    # Head t has its columns of a linear classifier of all T features, times T for the average.
     z = features.transpose(0, 1).flatten(1)  # [passes * N, T * D]
     whole = models.fit_linear(z, labels, len(labelled.classes))
+    mean = whole(z).mean(0)  # [classes], of the logits of every head: no step decides by its bias
     for head, weight, z_t in zip(classifier.heads, (T * whole.weight).chunk(T, 1), features):
-        head.load_state_dict(dict(weight=weight, bias=(whole(z) - z_t @ weight.T).mean(0)))
+        head.load_state_dict(dict(weight=weight, bias=mean - weight @ z_t.mean(0)))
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
@@ -453,7 +453,7 @@ def add_flags(parser):
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size in pixels of a folder's sensor, unless .aedat4 files name it")
-    add("--labels-per-class", type=in_range(int, 0), help="0: all; 1 to 9: the encoder is frozen")
+    add("--labels-per-class", type=in_range(int, 0), help="0: all; 1-9 freeze pre-trained encoders")
     add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
