@@ -132,6 +132,7 @@ def finetune(encoder, labelled, args, state, seen):
     n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
     classifier = models.Classifier(encoder, n_classes, n_heads, freeze_norm=pretrained)
     if pretrained and len(labelled.labels) < 10 * n_classes:  # they cost more than they teach
+        print("fewer than 10 labels a class: the pre-trained encoder stays as it is")
         encoder.requires_grad_(False)
     classifier.to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
@@ -299,8 +300,6 @@ def few_shot_subset(train, labels_per_class, seed):
         chosen += list(drawn)
         if len(drawn) < labels_per_class:
             print(f"warning: fewer than {labels_per_class} recordings in class {name}")
-    if len(chosen) < rank_and_world_size()[1]:
-        raise UserError(f"--labels-per-class {labels_per_class}: fewer labels than processes")
     return data.select(train, chosen)
 
 
@@ -353,7 +352,7 @@ def read_state(folder):
         return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["args"]["crop_time"], state["ids"], state["seen"]  # or it is another file, or older
+        state["args"], state["ids"], state["seen"]  # or it is another file
         return state
     except Exception as e:  # there is no list of all that a foreign file may raise
         raise UserError(f"--resume {folder}: no state.pt of this train.py ({data.format_error(e)})")
@@ -486,17 +485,15 @@ def add_flags(parser):
 def check_args(args, parser, state):
     """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
     may_change = "out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile"
-    for name, value in state.get("args", {}).items():
-        if name not in may_change and vars(args)[name] != value:
-            parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {value}")
+    was = state.get("args", vars(args))  # of an older version, it has no value of a newer flag
+    for name, value in vars(args).items():
+        if name not in may_change and (old := was.get(name)) != value:
+            parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {old}")
     if not args.init and args.pretrain_epochs > len(state.get("pretrain", {"log": []})["log"]):
-        if state.pop("finetune", None):
-            print("warning: with more pre-training, fine-tuning begins anew")
+        state.pop("finetune", None)  # begins anew
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and len(state[phase]["log"]) > epochs:
             parser.error(f"--resume {args.resume}: more than {epochs} epochs of {phase} are done")
-    if args.alpha == args.beta == 0:
-        parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if (args.pretrain_on or args.epochs == 0) and (args.init or args.pretrain_epochs == 0):
         parser.error("--pretrain-on and --epochs 0 need pre-training, and no --init")
     try:
