@@ -63,7 +63,7 @@ FOLDER_DEFAULTS = DEFAULTS | REAL | dict(
     arch="spikformer-1-64", pretrain_epochs=60, queue_size=512, epochs=100, lr=2e-3, batch_size=32)
 
 # frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
-# names: "<class>/<file>" of each recording, ids int64 [N]: recording_id of each
+# names: "<folder>/<file>" of each recording, ids int64 [N]: recording_id of each
 Split = namedtuple("Split", "frames labels classes sensor names ids", defaults=[None, None, None])
 
 
@@ -108,7 +108,7 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     report_broken(about["broken"], len(recordings), skip_broken)
     recordings = [r for r in recordings if r[2] not in about["broken"]]
     labels = np.array([number[cls] for _, cls, _ in recordings], np.int64)
-    names = [f"{cls}/{os.path.basename(key)}" for _, cls, key in recordings]
+    names = ["/".join(Path(key).parts[-2:]) for _, _, key in recordings]
     both = Split(frames[: len(names)], labels, classes, sensor, names, np.array(about["ids"]))
     n = sum(split == "train" for split, _, _ in recordings)
     for part in ("train", "test") if only is None else (only,):
@@ -410,7 +410,8 @@ def augment(x, **ranges):
     """
     T, B, C, H, _ = x.shape
     draw = draw_view(B, x.device, **ranges)
-    # from the view to the crop: rotation, size, place; then on to the image: shear, flip
+    # Backwards, because each pixel of the view asks where in the image to look: from the view to
+    # the crop by rotation, size and place; then on to the image by shear and flip.
     cos, sin = draw["side"] * draw["angle"].cos(), draw["side"] * draw["angle"].sin()
     row_u = torch.stack([cos, -sin, draw["centre"][0]])  # [3, B]
     row_v = torch.stack([sin, cos, draw["centre"][1]])

@@ -103,7 +103,8 @@ def spike_stats(model, batches):
     qkv = [m.qkv for m in model.modules() if isinstance(m, models.SpikingSelfAttention)]
 
     def count(name, x, macs):
-        # MACs: the first layer (of frames) and means over space (heads); else x is a sum of spikes.
+        # Sums of spikes cost additions; real numbers cost MACs: event counts, which enter the first
+        # layer and are whole but no spikes, and the means over space that enter heads.
         real = not totals or (x != x.round()).any().item()
         totals[name] += macs, macs * x.mean(dtype=torch.float32).item(), real
 
@@ -184,7 +185,7 @@ def load_data(checkpoint, args):
     """Load the data of a checkpoint, or --dataset without what was trained on -> (train, test)."""
     was = checkpoint["args"]
     name = data.resolve(args.dataset or was["dataset"])
-    # To a classifier, --dataset is a test set: its Test, or else all; it has nothing to learn.
+    # To a classifier, a folder is a test set: its Test, or else all; it has nothing to learn.
     only = "test" if args.dataset and checkpoint["kind"] == "finetuned" else None
     with contextlib.redirect_stdout(sys.stderr):  # what is said of the data is no result
         train, test = data.load(
@@ -214,9 +215,9 @@ def predict_files(args):
         files += [os.path.join(path, *parts) for parts in found]
     if not files:
         raise data.UserError(f"--predict: no recordings in {', '.join(args.predict)}")
-    read = functools.partial(data.read_file, columns=args.columns or was["columns"])
-    if was["dataset"] in data.TONIC_DATASETS:
-        _, _, _, read, _ = data.TONIC_DATASETS[was["dataset"]]
+    *_, read, _ = data.TONIC_DATASETS.get(was["dataset"], (data.read_file, None))
+    if columns := args.columns or was["columns"]:  # else as the reader of training has it
+        read = functools.partial(read, columns=columns)
     sensor = data.named_sensor(files) or args.sensor or was["sensor"]
     data.warn_of_other_frames("--predict", dict(sensor=sensor), was)
     settings = dict(n_frames=was["n_frames"], sensor_size=sensor, size=was["image_size"],
@@ -238,7 +239,7 @@ def print_report(results):
     if "accuracy" in results:
         print("accuracy by class" + (", confusion matrix (rows: true)" if few else ""))
         for name, share, row in zip(results["classes"], results["by_class"], results["confusion"]):
-            counts = "".join(f"{n or '.':>4}" for n in row) if few else ""
+            counts = "".join(f"{n or '.':>5}" for n in row) if few else ""
             share = "-" if share is None else f"{share:.2f} %"
             print(f"  {name:18} {share:>8} of {sum(row):<6}{counts}")
         steps = ", ".join(f"{accuracy:.2f}" for accuracy, _, _ in results["steps"])

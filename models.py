@@ -154,7 +154,7 @@ class Classifier(nn.Module):
     """Encoder and linear heads: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
 
     n_heads: 1 for all time steps, or T, one for each, so that the time of a feature counts.
-    freeze_norm: train with the statistics of pre-training, as a batch of few recordings has others.
+    freeze_norm: batch norm stays in evaluation mode, with the running statistics of pre-training.
     """
 
     def __init__(self, encoder, num_classes, n_heads=1, freeze_norm=False):

@@ -2,7 +2,7 @@
 
     python train.py                                           # toy data, minutes on a laptop
     python train.py --dataset cifar10dvs                      # or dvsgesture, ncaltech101, nmnist
-    python train.py --dataset path/to/folder                  # your own recordings
+    python train.py --dataset path/to/folder --sensor W H     # your own recordings
     python train.py --dataset cifar10dvs --pretrain-epochs 0  # from scratch: the twin to compare
     python train.py --dataset cifar10dvs --help               # all flags, with its defaults
     python train.py --resume runs/toy                         # continue a run, with its flags
@@ -158,12 +158,13 @@ def fit_heads(classifier, labelled, args):
              for x, y in data.batches(labelled, args.batch_size, args.device))
     features = models.predict(classifier.encoder, views)  # [T, passes * N, D]
     labels, T = torch.tensor(labelled.labels).repeat(passes), len(features)
-    # Head t has its columns of a linear classifier of all T features, times T for the average.
+    # One linear classifier of all T features side by side, sum_t W_t z_t + b. Logits are averaged
+    # over T, so head t has T * W_t; its bias gives every head the same mean logits.
     z = features.transpose(0, 1).flatten(1)  # [passes * N, T * D]
     whole = models.fit_linear(z, labels, len(labelled.classes))
-    mean = whole(z).mean(0)  # [classes], of the logits of every head: no step decides by its bias
+    mean_logits = whole(z).mean(0)  # [classes]
     for head, weight, z_t in zip(classifier.heads, (T * whole.weight).chunk(T, 1), features):
-        head.load_state_dict(dict(weight=weight, bias=mean - weight @ z_t.mean(0)))
+        head.load_state_dict(dict(weight=weight, bias=mean_logits - weight @ z_t.mean(0)))
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
@@ -427,7 +428,7 @@ def parse_args(argv):
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", metavar="FOLDER", help="continue the run there, or begin one")
     folder.add_argument("--out", metavar="FOLDER", help="of a new run; None: runs/<dataset>[-<i>]")
-    first = parser.parse_known_args(argv)[0]  # before the flags that these have defaults for
+    first = parser.parse_known_args(argv)[0]  # these decide the defaults of the others
     state = read_state(first.resume) if first.resume else {}
     if first.resume and not state and first.dataset is None:
         parser.error(f"--resume {first.resume}: no run there; to begin one, pass --dataset")
@@ -485,7 +486,7 @@ def add_flags(parser):
 def check_args(args, parser, state):
     """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
     may_change = "out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile"
-    was = state.get("args", vars(args))  # of an older version, it has no value of a newer flag
+    was = state.get("args", vars(args))  # of a new run, its own; an old one lacks newer flags
     for name, value in vars(args).items():
         if name not in may_change and (old := was.get(name)) != value:
             parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {old}")
