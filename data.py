@@ -410,8 +410,7 @@ def augment(x, **ranges):
     """
     T, B, C, H, _ = x.shape
     draw = draw_view(B, x.device, **ranges)
-    # Backwards, because each pixel of the view asks where in the image to look: from the view to
-    # the crop by rotation, size and place; then on to the image by shear and flip.
+    # backwards, from the view to the crop: rotation, size, place; on to the image: shear, flip
     cos, sin = draw["side"] * draw["angle"].cos(), draw["side"] * draw["angle"].sin()
     row_u = torch.stack([cos, -sin, draw["centre"][0]])  # [3, B]
     row_v = torch.stack([sin, cos, draw["centre"][1]])

@@ -103,8 +103,7 @@ def spike_stats(model, batches):
     qkv = [m.qkv for m in model.modules() if isinstance(m, models.SpikingSelfAttention)]
 
     def count(name, x, macs):
-        # Sums of spikes cost additions; real numbers cost MACs: event counts, which enter the first
-        # layer and are whole but no spikes, and the means over space that enter heads.
+        # MACs: of event counts (first layer) and means over space (heads); else x sums spikes.
         real = not totals or (x != x.round()).any().item()
         totals[name] += macs, macs * x.mean(dtype=torch.float32).item(), real
 

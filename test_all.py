@@ -1546,7 +1546,7 @@ def error_of(script, *argv):
     "--resume WHOLE --pretrain-epochs 0 -> WHOLE: ... 0 ... pretrain", "--ckpt EMPTY -> empty: not",
     "--ckpt EVIL -> evil: not", "--ckpt HALF -> half: not", "--ckpt CKPT --pict p -> --pict",
     "--ckpt WHOLE/state.pt -> state.pt: not", "--ckpt CKPT --json EMPTY/f -> empty",
-    "--ckpt CKPT --dataset SHAPES/Train -> not trained on",
+    "--ckpt CKPT --dataset SHAPES/Train -> not trained on", "--beta 0 --alpha 0 -> --beta 0",
     "--ckpt CKPT CKPT --pictures p -> --pictures", "--ckpt CKPT --predict FOLDER -> no recordings",
     "--ckpt CKPT --predict FOLDER --dataset toy -> does not go with"])
 def test_train_and_eval_answer_a_mistake_with_one_line(shapes, whole, tmp_path, flags):

@@ -495,6 +495,8 @@ def check_args(args, parser, state):
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and len(state[phase]["log"]) > epochs:
             parser.error(f"--resume {args.resume}: more than {epochs} epochs of {phase} are done")
+    if args.alpha == args.beta == 0:
+        parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if (args.pretrain_on or args.epochs == 0) and (args.init or args.pretrain_epochs == 0):
         parser.error("--pretrain-on and --epochs 0 need pre-training, and no --init")
     try:
