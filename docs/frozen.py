@@ -1,0 +1,50 @@
+"""Print what a frozen encoder knows: the columns of the tables of frozen features in experiments.md.
+
+    python docs/frozen.py runs/*/pretrained.pt
+
+A row a checkpoint, accuracy in percent on the test set of its data set: kNN, then linear classifiers
+that learn from all labels, 5 and 1 a class (mean of ten draws); first of features averaged over
+time, then of those of all T steps side by side.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import eval as evaluation
+import models
+import train as training
+
+
+def columns(train, test, z, z_test):
+    """Compute the four columns from features z [N, D] and z_test [M, D]."""
+    y, y_test = torch.tensor(train.labels), torch.tensor(test.labels)
+    yield evaluation.knn_accuracy(z, y, z_test, y_test)
+    yield evaluation.linear_probe_accuracy(z, y, z_test, y_test)
+    numbered = train._replace(frames=torch.arange(len(y)).numpy())  # which recordings are drawn
+    for labels_per_class in 5, 1:
+        draws = [training.few_shot_subset(numbered, labels_per_class, seed) for seed in range(10)]
+        accuracies = [evaluation.linear_probe_accuracy(
+            z[few.frames], torch.tensor(few.labels), z_test, y_test) for few in draws]
+        yield sum(accuracies) / len(draws)
+
+
+def main(paths):
+    for path in paths:
+        encoder, checkpoint = models.load_model(path)
+        was = argparse.Namespace(**checkpoint["args"])
+        models.prepare_cpu(was.image_size)
+        train, test = training.load_data(was)[:2]
+        z, z_test = (models.predict(encoder, data.batches(split, was.batch_size))
+                     for split in (train, test))  # [T, N, D]
+        mean = columns(train, test, z.mean(0), z_test.mean(0))
+        whole = columns(train, test, *(f.transpose(0, 1).flatten(1) for f in (z, z_test)))
+        cells = (", ".join(f"{100 * share:.1f}" for share in kind) for kind in (mean, whole))
+        print(f"| {path} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
