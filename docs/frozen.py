@@ -1,10 +1,10 @@
-"""Print what a frozen encoder knows: the columns of the tables of frozen features in experiments.md.
+"""Print what a frozen encoder knows, the columns of experiments.md's tables of frozen features.
 
     python docs/frozen.py runs/*/pretrained.pt
 
-A row a checkpoint, accuracy in percent on the test set of its data set: kNN, then linear classifiers
-that learn from all labels, 5 and 1 a class (mean of ten draws); first of features averaged over
-time, then of those of all T steps side by side.
+A row a checkpoint, accuracy in percent on the test set of its data set: kNN, then linear
+classifiers that learn from all labels, 5 and 1 a class (mean of ten draws); first of features
+averaged over time, then of those of all T steps side by side.
 """
 import argparse
 import sys
@@ -24,11 +24,11 @@ def columns(train, test, z, z_test):
     y, y_test = torch.tensor(train.labels), torch.tensor(test.labels)
     yield evaluation.knn_accuracy(z, y, z_test, y_test)
     yield evaluation.linear_probe_accuracy(z, y, z_test, y_test)
-    numbered = train._replace(frames=torch.arange(len(y)).numpy())  # which recordings are drawn
+    features = train._replace(frames=z)  # a split whose recordings are drawn with their features
     for labels_per_class in 5, 1:
-        draws = [training.few_shot_subset(numbered, labels_per_class, seed) for seed in range(10)]
+        draws = [training.few_shot_subset(features, labels_per_class, seed) for seed in range(10)]
         accuracies = [evaluation.linear_probe_accuracy(
-            z[few.frames], torch.tensor(few.labels), z_test, y_test) for few in draws]
+            few.frames, torch.tensor(few.labels), z_test, y_test) for few in draws]
         yield sum(accuracies) / len(draws)
 
 

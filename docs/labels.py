@@ -36,20 +36,22 @@ def class_means_accuracy(flags):
 
 def print_rows(folders):
     """Print a row for each data set and number of labels a class (0: all)."""
-    accuracy = defaultdict(dict)  # of (data set, labels), pre-trained or not, and seed: percent
+    accuracy = defaultdict(dict)  # of (data set, labels), then of (column, seed): percent
     for folder in folders:
         args = torch.load(folder / "finetuned.pt", weights_only=True)["args"]
         with open(folder / "log.csv") as f:
             test = list(csv.DictReader(f))[-1]
-        run = bool(args["init"] or args["pretrain_epochs"]), args["seed"]
+        pretrained = args["init"] or args["pretrain_epochs"]
+        run = "pre-trained" if pretrained else "from scratch", args["seed"]
         recipe = accuracy[Path(args["dataset"]).name, args["labels_per_class"]]
         assert test["phase"] == "test" and run not in recipe, folder
         recipe[run] = 100 * float(test["accuracy"])
-        if run[0]:
+        if pretrained:
             recipe["no network", args["seed"]] = class_means_accuracy(args)
     for (name, n), recipe in sorted(accuracy.items()):
-        no_network, without, with_ = ({s: v for (kind, s), v in recipe.items() if kind == wanted}
-                                      for wanted in ("no network", False, True))
+        no_network, without, with_ = (
+            {seed: v for (column, seed), v in recipe.items() if column == wanted}
+            for wanted in ("no network", "from scratch", "pre-trained"))
         gain = np.array([with_[s] - without[s] for s in with_ if s in without])
         cells = [f"{np.mean([*no_network.values()]):.1f}"]
         cells += [f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}"
