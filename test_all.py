@@ -1542,7 +1542,7 @@ def error_of(script, *argv):
     "--resume WHOLE --seed 1 -> --seed", "--resume WHOLE --lr 1 -> --lr: ... 0.002",
     "--resume WHOLE --init CKPT -> --init: ... None", "--resume WHOLE --beta 1 -> --beta",
     "--resume WHOLE --sensor 9 9 -> --sensor: ... [32, 32]", "--ckpt FOLDER -> folder",
-    "--resume WHOLE --dataset OTHER -> --dataset: ... SHAPES", "--ckpt no/such.pt -> no/such.pt",
+    "--resume WHOLE --dataset OTHER -> other recordings in train", "--ckpt no/such.pt -> no/such.pt",
     "--resume WHOLE --pretrain-epochs 0 -> WHOLE: ... 0 ... pretrain", "--ckpt EMPTY -> empty: not",
     "--ckpt EVIL -> evil: not", "--ckpt HALF -> half: not", "--ckpt CKPT --pict p -> --pict",
     "--ckpt WHOLE/state.pt -> state.pt: not", "--ckpt CKPT --json EMPTY/f -> empty",
@@ -1808,6 +1808,8 @@ def test_own_resume_takes_the_same_recordings_only(tmp_path):
         refused(f"--resume .*other recordings in {split}", train.main, again)
         write(path, events)
     assert printed(train.main, again)[0][-1] == before
+    os.rename(own, tmp_path / "moved")
+    assert printed(train.main, [*again, "--dataset", str(tmp_path / "moved")])[0][-1] == before
 
 
 def test_own_links_in_a_loop_and_a_reader_that_dies_end(tmp_path, monkeypatch):

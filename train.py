@@ -323,7 +323,7 @@ def load_pretrained_encoder(encoder, args):
 # ------------------------------------------------------------------------------ the run's folder
 
 def open_run(args, state, **ids):
-    """Check that the recordings are those of the run, claim its folder and write its state.pt."""
+    """Check that the recordings are the run's, wherever they lie, claim its folder, save state."""
     for split in state.get("ids", []):
         if not torch.equal(state["ids"][split], torch.tensor(ids[split])):
             raise UserError(f"--resume {args.resume}: began with other recordings in {split}")
@@ -432,11 +432,11 @@ def parse_args(argv):
     state = read_state(first.resume) if first.resume else {}
     if first.resume and not state and first.dataset is None:
         parser.error(f"--resume {first.resume}: no run there; to begin one, pass --dataset")
-    was = state.get("args") or dict(dataset=first.dataset or "toy", pretrained=None)
+    was = (state.get("args") or dict(dataset="toy", pretrained=None)) | dict(out=None, resume=None)
     if "LOCAL_RANK" in os.environ:  # of torchrun; the saved device is that of process 0
         was.pop("device", None)
     add_flags(parser)
-    parser.set_defaults(**data.default_config(was["dataset"]) | was | dict(out=None, resume=None))
+    parser.set_defaults(**data.default_config(first.dataset or was["dataset"]) | was)
     args = parser.parse_args(argv)
     check_args(args, parser, state)
     return args, state
@@ -485,10 +485,10 @@ def add_flags(parser):
 
 def check_args(args, parser, state):
     """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
-    may_change = "out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile"
+    may_change = "out resume epochs pretrain_epochs device root no_compile dataset pretrain_on"
     was = state.get("args", vars(args))  # of a new run, its own; an old one lacks newer flags
     for name, value in vars(args).items():
-        if name not in may_change and (old := was.get(name)) != value:
+        if name not in may_change.split() and (old := was.get(name)) != value:
             parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {old}")
     if not args.init and args.pretrain_epochs > len(state.get("pretrain", {"log": []})["log"]):
         state.pop("finetune", None)  # begins anew
