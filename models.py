@@ -151,16 +151,16 @@ def channels_last(x):
 
 
 class Classifier(nn.Module):
-    """Encoder and linear heads: [T, B, 2, H, W] -> logits [T, B, classes], to be averaged over T.
+    """Encoder, a linear head for each step: [T, B, 2, H, W] -> logits [T, B, classes].
 
-    n_heads: 1 for all time steps, or T, one for each, so that the time of a feature counts.
+    The prediction is the class whose logit is the largest on average over T.
     freeze_norm: batch norm stays in evaluation mode, with the running statistics of pre-training.
     """
 
-    def __init__(self, encoder, num_classes, n_heads=1, freeze_norm=False):
+    def __init__(self, encoder, num_classes, n_frames, freeze_norm=False):
         super().__init__()
         self.encoder, self.freeze_norm = encoder, freeze_norm
-        self.heads = nn.ModuleList(nn.Linear(encoder.dim, num_classes) for _ in range(n_heads))
+        self.heads = nn.ModuleList(nn.Linear(encoder.dim, num_classes) for _ in range(n_frames))
         for head in self.heads:
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
@@ -174,8 +174,8 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         features = self.encoder(x)  # [T, B, D]
-        heads = self.heads if len(self.heads) > 1 else [*self.heads] * len(features)
-        return torch.stack([head(z) for head, z in zip(heads, features, strict=True)])  # [T, B, C]
+        logits = [head(z) for head, z in zip(self.heads, features, strict=True)]
+        return torch.stack(logits)  # [T, B, classes]
 
 
 def build(arch, image_size):
@@ -283,8 +283,8 @@ def load_model(path, device="cpu"):
             raise ValueError("a state.pt, or written by an earlier version")
         model = build(checkpoint["args"]["arch"], checkpoint["args"]["image_size"])
         if checkpoint["kind"] == "finetuned":
-            n_heads = sum(name.startswith("heads.") for name in checkpoint["weights"]) // 2
-            model = Classifier(model, len(checkpoint["classes"]), n_heads)
+            n_frames = checkpoint["args"]["n_frames"]
+            model = Classifier(model, len(checkpoint["classes"]), n_frames)
         model.load_state_dict(checkpoint["weights"])
     except Exception as e:  # there is no list of all that a foreign file may raise
         reason = " ".join(f"{type(e).__name__}: {e}".split()).split(". ")[0][:200]

@@ -126,11 +126,14 @@ def pretrain(encoder, unlabelled, args, state):
 
 
 def finetune(encoder, labelled, args, state, seen):
-    """Train heads and, with enough labels, encoder: cross-entropy of logits averaged over time."""
+    """Train heads and, with enough labels, encoder: cross-entropy of each step, averaged over time.
+
+    That is the loss of temporal efficient training (Deng et al. 2022), and to labels what MAC is to
+    keys; the paper does not name its own.
+    """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
-    n_heads = args.n_frames if pretrained else 1  # from scratch, one learns more from few labels
-    classifier = models.Classifier(encoder, n_classes, n_heads, freeze_norm=pretrained)
+    classifier = models.Classifier(encoder, n_classes, args.n_frames, freeze_norm=pretrained)
     if pretrained and len(labelled.labels) < 10 * n_classes:  # they cost more than they teach
         print("fewer than 10 labels a class: the pre-trained encoder stays as it is")
         encoder.requires_grad_(False)
@@ -141,8 +144,9 @@ def finetune(encoder, labelled, args, state, seen):
     model = wrap_model(classifier, args)
 
     def compute_loss(x, y):
-        logits = model(data.augment(x, **args.finetune_aug)).float().mean(0)  # [B, classes]
-        return F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
+        logits = model(data.augment(x, **args.finetune_aug)).float()  # [T, B, classes]
+        loss = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)))  # of [T*B, classes]
+        return loss, (logits.mean(0).argmax(1) == y).float().mean()
 
     train_phase("finetune", classifier, encoder, compute_loss, labelled, args.epochs, args.lr,
                 args, state, None)
@@ -152,19 +156,14 @@ def finetune(encoder, labelled, args, state, seen):
 
 
 def fit_heads(classifier, labelled, args):
-    """Fit the heads to the frozen encoder's features of 1,000 views or more, in whole passes."""
-    passes = math.ceil(1000 / len(labelled.labels))
+    """Fit each head to the frozen encoder's features at its step, of 1,000 views or more."""
+    passes = math.ceil(1000 / len(labelled.labels))  # whole ones
     views = ((data.augment(x, **args.finetune_aug), y) for _ in range(passes)
              for x, y in data.batches(labelled, args.batch_size, args.device))
     features = models.predict(classifier.encoder, views)  # [T, passes * N, D]
-    labels, T = torch.tensor(labelled.labels).repeat(passes), len(features)
-    # One linear classifier of all T features side by side, sum_t W_t z_t + b. Logits are averaged
-    # over T, so head t has T * W_t; its bias gives every head the same mean logits.
-    z = features.transpose(0, 1).flatten(1)  # [passes * N, T * D]
-    whole = models.fit_linear(z, labels, len(labelled.classes))
-    mean_logits = whole(z).mean(0)  # [classes]
-    for head, weight, z_t in zip(classifier.heads, (T * whole.weight).chunk(T, 1), features):
-        head.load_state_dict(dict(weight=weight, bias=mean_logits - weight @ z_t.mean(0)))
+    labels = torch.tensor(labelled.labels).repeat(passes)
+    for head, z in zip(classifier.heads, features):
+        head.load_state_dict(models.fit_linear(z, labels, len(labelled.classes)).state_dict())
 
 
 def train_phase(phase, model, encoder, compute_loss, split, epochs, lr, args, state, monitor):
