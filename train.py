@@ -128,8 +128,8 @@ def pretrain(encoder, unlabelled, args, state):
 def finetune(encoder, labelled, args, state, seen):
     """Train heads and, with enough labels, encoder: cross-entropy of each step, averaged over time.
 
-    That is the loss of temporal efficient training (Deng et al. 2022), and to labels what MAC is to
-    keys; the paper does not name its own.
+    The loss, our choice, is that of temporal efficient training (TET, Deng et al. 2022): to labels
+    what MAC is to keys.
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
