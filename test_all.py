@@ -1253,8 +1253,8 @@ def test_train_finetunes_each_step_and_predicts_by_the_mean_over_time(whole, pre
 def test_train_fits_heads_to_the_frozen_encoder_first(whole, monkeypatch):
     accuracy, source, fitted = {}, torch.load(whole / "pretrained.pt")["weights"], []
     fit_linear = models.fit_linear
-    keep = lambda *features: fitted.append(fit_linear(*features)) or fitted[-1]
-    monkeypatch.setattr(models, "fit_linear", keep)
+    monkeypatch.setattr(models, "fit_linear",
+                        lambda *features: fitted.append(fit_linear(*features)) or fitted[-1])
     for epochs in 2, 0:
         _, split, (_, net, encoder, *_) = before_the_loop(
             whole, train.finetune, pretrain_epochs=epochs)
