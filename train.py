@@ -128,8 +128,8 @@ def pretrain(encoder, unlabelled, args, state):
 def finetune(encoder, labelled, args, state, seen):
     """Train heads and, with enough labels, encoder: cross-entropy of each step, averaged over time.
 
-    The loss, our choice, is that of temporal efficient training (TET, Deng et al. 2022): to labels
-    what MAC is to keys.
+    The loss, our choice, is that of temporal efficient training (TET, Deng et al. 2022), less its
+    regulariser: to labels what MAC is to keys.
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
@@ -484,10 +484,11 @@ def add_flags(parser):
 
 def check_args(args, parser, state):
     """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
-    may_change = "out resume epochs pretrain_epochs device root no_compile dataset pretrain_on"
+    may_change = ("out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile",
+                  "dataset", "pretrain_on")  # data may have moved: open_run compares recordings
     was = state.get("args", vars(args))  # of a new run, its own; an old one lacks newer flags
     for name, value in vars(args).items():
-        if name not in may_change.split() and (old := was.get(name)) != value:
+        if name not in may_change and (old := was.get(name)) != value:
             parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {old}")
     if not args.init and args.pretrain_epochs > len(state.get("pretrain", {"log": []})["log"]):
         state.pop("finetune", None)  # begins anew
