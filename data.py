@@ -281,6 +281,7 @@ def make_frames(path, recordings, read, settings, dtype=np.uint8):
                 notes["32,767 events or more in a pixel: cut there"] += counts.max() == 32767
                 crowded = settings["frames_by"] == "time" and events.max() > 0.9 * events.sum()
                 notes[f"nearly all events in one frame of {T}"] += crowded and T > 1
+            # zeros at the end make up the shape, a row for each broken recording
             f.truncate(f.tell() + len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize)
     except OverflowError:  # begin again, with room for larger counts
         return make_frames(path, recordings, read, settings, np.int16)

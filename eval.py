@@ -114,10 +114,10 @@ def spike_stats(model, batches):
             q_and_k = torch.stack(out.chunk(3, 2)[:2])  # of [T, B, 3C, H, W]
             count(name.removesuffix(".qkv"), q_and_k, 16 * q_and_k.numel())
         elif isinstance(module, neuron.LIF):  # out: [T, B, ...]
-            totals[name] += 0  # in a backbone of your own, no convolution may have its name
+            totals[name] += 0  # a layer of the report, even where no convolution shares its name
             spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
             neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
-            rasters.setdefault(name, out[:, 0].flatten(1).float().cpu()[:, neurons])
+            rasters.setdefault(name, out[:, 0].flatten(1)[:, neurons].float().cpu())
 
     for name, module in model.named_modules():  # conv and lif of a block are one layer
         layer = name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif")

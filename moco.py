@@ -9,8 +9,8 @@ One step on two views of a batch of recordings, as `forward` computes it:
     queue <- k; the oldest keys leave                              first in, first out
 
 encoder_q and encoder_k each hold an encoder, [0], and a projection head, [1]. After pre-training,
-only encoder_q[0] is kept. MoCo's shuffling for batch norm is left out, so a query and its key share
-the statistics of a batch; docs/experiments.md measures the effect.
+only encoder_q[0] is kept. MoCo's shuffling for batch norm is left out, so a query and its key are
+normalised with the same other recordings; docs/experiments.md measures the effect.
 Shapes: views [T, B, 2, H, W] -> loss, a scalar.
 Tests: python -m pytest test_all.py -k moco
 """
@@ -43,8 +43,7 @@ class MoCo(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.encoder_q = nn.Sequential(encoder, ProjectionHead(encoder.dim, dim))
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        # Random vectors of about the norm of embeddings: the loss rises while keys, harder to tell
-        # from the positive, replace them.
+        # Random at first: the loss rises while keys, harder to tell from the positive, replace it.
         self.register_buffer("queue", torch.randn(queue_size, n_frames, dim))  # [K, T, dim]
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # slot of the oldest
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)

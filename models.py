@@ -92,7 +92,7 @@ class SEWResNet18(nn.Module):
 
 
 class SpikingSelfAttention(nn.Module):
-    """Attention of L = H * W tokens, heads of 16 of C = dim channels: [T, B, C, H, W] -> same."""
+    """Attention of L = H * W tokens, each head of 16 of the C channels: [T, B, C, H, W] -> same."""
 
     def __init__(self, dim):
         super().__init__()

@@ -38,7 +38,7 @@ from moco import MoCo
 
 
 def main(argv=None):
-    args, state = init_distributed(*parse_args(argv))
+    args, state = init_distributed(*parse_args(argv))  # state: of a run to resume, see read_state
     neuron.COMPILE = not args.no_compile
 
     # ============ data ============
@@ -126,7 +126,7 @@ def pretrain(encoder, unlabelled, args, state):
 
 
 def finetune(encoder, labelled, args, state, seen):
-    """Train heads and, with enough labels, encoder: cross-entropy of each step, averaged over time.
+    """Train heads and encoder: cross-entropy of each step, averaged over time.
 
     The loss, our choice, is that of temporal efficient training (TET, Deng et al. 2022), less its
     regulariser: to labels what MAC is to keys.
@@ -134,7 +134,7 @@ def finetune(encoder, labelled, args, state, seen):
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
     classifier = models.Classifier(encoder, n_classes, args.n_frames, freeze_norm=pretrained)
-    if pretrained and len(labelled.labels) < 10 * n_classes:  # they cost more than they teach
+    if pretrained and len(labelled.labels) < 10 * n_classes:  # training would harm it
         print("fewer than 10 labels a class: the pre-trained encoder stays as it is")
         encoder.requires_grad_(False)
     classifier.to(args.device)
@@ -479,7 +479,7 @@ def add_flags(parser):
     add("--seed", type=in_range(int, 0, 10**9), default=0, help="of weights, order, views, labels")
     add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
         default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")
+    add("--no-compile", action="store_true", help="never call a compiler: slower")
 
 
 def check_args(args, parser, state):
