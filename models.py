@@ -154,12 +154,13 @@ class Classifier(nn.Module):
     """Encoder, a linear head for each step: [T, B, 2, H, W] -> logits [T, B, classes].
 
     The prediction is the class whose logit is the largest on average over T.
-    freeze_norm: batch norm stays in evaluation mode, with the running statistics of pre-training.
+    freeze_encoder: only the heads learn; the encoder stays in evaluation mode.
     """
 
-    def __init__(self, encoder, num_classes, n_frames, freeze_norm=False):
+    def __init__(self, encoder, num_classes, n_frames, freeze_encoder=False):
         super().__init__()
-        self.encoder, self.freeze_norm = encoder, freeze_norm
+        self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        self.encoder.requires_grad_(not freeze_encoder)
         self.heads = nn.ModuleList(nn.Linear(encoder.dim, num_classes) for _ in range(n_frames))
         for head in self.heads:
             nn.init.trunc_normal_(head.weight, std=0.02)
@@ -167,9 +168,7 @@ class Classifier(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        for m in self.encoder.modules():
-            if self.freeze_norm and isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eval()
+        self.encoder.train(mode and not self.freeze_encoder)  # batch norm, dropout
         return self
 
     def forward(self, x):

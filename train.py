@@ -117,8 +117,8 @@ def pretrain(encoder, unlabelled, args, state):
                 args.pretrain_lr, args, state,
                 monitor if len(unlabelled.classes) > 1 and N > 1 else None)
     state["pretrain"] = copy.deepcopy(state["pretrain"])  # or fine-tuning would change its weights
-    # Fine-tuning keeps the statistics of batch norm fixed, so they are taken again, from all
-    # recordings as they are. The variance is the mean of those of batches, hence mixed classes.
+    # The statistics of batch norm are those of views; they are taken again, from all recordings as
+    # they are. The variance is the mean of those of batches, hence mixed classes.
     with models.autocast(args.device):
         torch.optim.swa_utils.update_bn(mixed_batches(unlabelled, args), encoder)
     save("pretrained.pt", args, dict(kind="pretrained", classes=unlabelled.classes,
@@ -133,11 +133,10 @@ def finetune(encoder, labelled, args, state, seen):
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
-    classifier = models.Classifier(encoder, n_classes, args.n_frames, freeze_norm=pretrained)
-    if pretrained and len(labelled.labels) < 10 * n_classes:  # training would harm it
+    frozen = pretrained and len(labelled.labels) < 10 * n_classes  # so few would harm it
+    if frozen:
         print("fewer than 10 labels a class: the pre-trained encoder stays as it is")
-        encoder.requires_grad_(False)
-    classifier.to(args.device)
+    classifier = models.Classifier(encoder, n_classes, args.n_frames, frozen).to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
         fit_heads(classifier, labelled, args)
@@ -241,7 +240,7 @@ def build_optimizer(model, weight_decay):
 
 def warmup_cosine(step, steps):
     """Compute a step's share of the learning rate: a cosine from 1 to 0, or a lower warm-up."""
-    # At least 5: with frozen batch norm, AdamW's first step is far too large for fitted heads.
+    # At least 5: AdamW's first step is far too large for fitted heads.
     return min((step + 1) / max(5, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
