@@ -133,9 +133,9 @@ def finetune(encoder, labelled, args, state, seen):
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
-    frozen = pretrained and len(labelled.labels) < 10 * n_classes  # so few would harm it
+    frozen = pretrained and len(labelled.labels) < 5 * n_classes  # so few would harm it
     if frozen:
-        print("fewer than 10 labels a class: the pre-trained encoder stays as it is")
+        print("fewer than 5 labels a class: the pre-trained encoder stays as it is")
     classifier = models.Classifier(encoder, n_classes, args.n_frames, frozen).to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
@@ -451,7 +451,7 @@ def add_flags(parser):
     add("--image-size", type=in_range(int, 8), help="side of a frame; None: the sensor's, <= 128")
     add("--sensor", type=positive, nargs=2, metavar=("W", "H"),
         help="size in pixels of a folder's sensor, unless .aedat4 files name it")
-    add("--labels-per-class", type=in_range(int, 0), help="0: all; 1-9 freeze pre-trained encoders")
+    add("--labels-per-class", type=in_range(int, 0), help="0: all; 1-4 freeze pre-trained encoders")
     add("--columns", choices=data.COLUMNS, metavar="XYTP", help="order in plain [N, 4] arrays")
     add("--skip-broken", action="store_true", help="leave out recordings that cannot be read")
     add = parser.add_argument_group("model and its pre-training, without labels").add_argument
