@@ -116,8 +116,9 @@ def spike_stats(model, batches):
         elif isinstance(module, neuron.LIF):  # out: [T, B, ...]
             totals[name] += 0  # a layer of the report, even where no convolution shares its name
             spikes[name] = spikes.get(name, 0) + out.sum((0, 1), dtype=torch.float32)
-            neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
-            rasters.setdefault(name, out[:, 0].flatten(1)[:, neurons].float().cpu())
+            if name not in rasters:
+                neurons = torch.linspace(0, out[0, 0].numel() - 1, 16).long()
+                rasters[name] = out[:, 0].flatten(1)[:, neurons].float().cpu()
 
     for name, module in model.named_modules():  # conv and lif of a block are one layer
         layer = name.removeprefix("encoder.").removesuffix(".conv").removesuffix(".lif")

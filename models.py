@@ -160,7 +160,8 @@ class Classifier(nn.Module):
     def __init__(self, encoder, num_classes, n_frames, freeze_encoder=False):
         super().__init__()
         self.encoder, self.freeze_encoder = encoder, freeze_encoder
-        self.encoder.requires_grad_(not freeze_encoder)
+        if freeze_encoder:  # else as it is: a backbone of your own may have frozen parts
+            encoder.requires_grad_(False)
         self.heads = nn.ModuleList(nn.Linear(encoder.dim, num_classes) for _ in range(n_frames))
         for head in self.heads:
             nn.init.trunc_normal_(head.weight, std=0.02)
