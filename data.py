@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# Defaults per data set: --dataset selects a row, a flag overrides one value (none for the _aug).
-# Sources: [S] Spikformer's schedule for CIFAR10-DVS, less mixup and label smoothing, [N] NDA (Li
-# et al. 2022), [E] github.com/myuansun/EventRPG, issue 1, [A] github.com/StephenTaylor1998/
-# amazing-cls; the rest is chosen. A queue as long as the data set has positives among negatives.
+# Defaults per data set: --dataset selects a row, a flag overrides one value (none for the _aug,
+# explained in draw_view). Sources: [S] Spikformer's schedule for CIFAR10-DVS, less mixup and label
+# smoothing, [N] NDA (Li et al. 2022), [E] github.com/myuansun/EventRPG, issue 1, [A] github.com/
+# StephenTaylor1998/amazing-cls; the rest is chosen.
 STRONG_AUG = dict(num_ops=3, flip=True, min_scale=0.5)  # [N], with crops; see draw_view
 MILD_AUG = dict(num_ops=1, flip=True, min_scale=1.0)  # [N]
 NO_FLIP_AUG = MILD_AUG | dict(flip=False)  # [E] for gestures, to pre-train and to fine-tune
@@ -64,7 +64,7 @@ FOLDER_DEFAULTS = DEFAULTS | REAL | dict(
 
 # frames [N, T, 2, size, size], labels int64 [N], classes: their names, sensor: [width, height],
 # names: "<folder>/<file>" of each recording, ids int64 [N]: recording_id of each
-Split = namedtuple("Split", "frames labels classes sensor names ids", defaults=[None, None, None])
+Split = namedtuple("Split", "frames labels classes sensor names ids")
 
 
 class UserError(Exception):
@@ -91,15 +91,14 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
         recordings, classes, read, known_sensor = list_tonic(name, root)
     else:
         recordings, classes, read, known_sensor = list_folder(name, columns, only)
-    number = {cls: i for i, cls in enumerate(classes)}
-    recordings.sort(key=lambda r: (r[0] == "test", number[r[1]], natural_key(r[2])))
+    class_index = {cls: i for i, cls in enumerate(classes)}
+    recordings.sort(key=lambda r: (r[0] == "test", class_index[r[1]], natural_key(r[2])))
     sensor = list(known_sensor or sensor or (0, 0))
     settings = dict(
         n_frames=n_frames or config["n_frames"], sensor_size=sensor, frames_by=frames_by,
         size=size or config["image_size"] or min(128, max(8, *sensor)))
     if sensor == [0, 0]:  # all events are outside of it, and the error says how far they reach
         *_, hint = try_recording(recordings[0][2], read, settings)
-        hint = hint.split("pixels: ")[-1]
         raise UserError(f"{name}: pass --sensor W H in pixels (the first recording: {hint})")
     path = root / "frames" / f"{Path(name).name}-{cache_key(recordings, read, settings)}.npy"
     frames, about = read_cache(path) or make_frames(path, recordings, read, settings)
@@ -107,9 +106,10 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
         print(f"warning: {warning}")
     report_broken(about["broken"], len(recordings), skip_broken)
     recordings = [r for r in recordings if r[2] not in about["broken"]]
-    labels = np.array([number[cls] for _, cls, _ in recordings], np.int64)
+    labels = np.array([class_index[cls] for _, cls, _ in recordings], np.int64)
     names = ["/".join(Path(key).parts[-2:]) for _, _, key in recordings]
-    both = Split(frames[: len(names)], labels, classes, sensor, names, np.array(about["ids"]))
+    frames = frames[: len(names)]  # rows of zeros, for the broken ones, are at the end
+    both = Split(frames, labels, classes, sensor, np.array(names), np.array(about["ids"]))
     n = sum(split == "train" for split, _, _ in recordings)
     for part in ("train", "test") if only is None else (only,):
         present = {cls for split, cls, _ in recordings if split == part}
@@ -122,12 +122,12 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
 
 def select(split, index):
     """Keep the recordings of a split at index: a slice, a list of numbers, or a mask."""
-    names, ids = (a if a is None else np.asarray(a)[index] for a in (split.names, split.ids))
-    return Split(split.frames[index], split.labels[index], split.classes, split.sensor, names, ids)
+    kept = {field: getattr(split, field)[index] for field in ("frames", "labels", "names", "ids")}
+    return split._replace(**kept)
 
 
 def leave_out(split, ids, why):
-    """Warn of the recordings of a split that are among ids -> the split without them."""
+    """Warn of the recordings of a split that are among ids -> the others, copied into memory."""
     known = np.isin(split.ids, ids)
     if known.any():
         print(f"warning: {known.sum()} of {len(known)} recordings {why}")
@@ -215,7 +215,7 @@ def validate_events(events):
     p = events["p"]
     if not (((p == 0) | (p == 1)).all() or ((p == -1) | (p == 1)).all()):
         found = np.unique(p)
-        remedy = f": store p == {found[1]}" if len(found) == 2 else ""
+        remedy = ": store p == 2" if list(found) == [1, 2] else ""
         raise ValueError(f"polarities {' and '.join(map(str, found[:4]))}{remedy}")
     # A little out of order is usual, and to_frames sorts it; more is a reset clock or wrong bytes.
     t = (events["t"] + 0).astype(np.float64)  # a time is no string
@@ -271,15 +271,15 @@ def make_frames(path, recordings, read, settings, dtype=np.uint8):
         with new_file(path) as f:
             header = dict(descr=dtype.str, fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(f, header)
-            for _, counts, number in map_recordings(keys, read, settings, about["broken"]):
+            for _, counts, id_ in map_recordings(keys, read, settings, about["broken"]):
                 if counts.itemsize > dtype.itemsize:
                     raise OverflowError("a count above 255")
                 f.write(counts.astype(dtype).tobytes())
-                about["ids"].append(number)
-                events = counts.sum((1, 2, 3), dtype=int)  # [T]
-                notes[f"fewer events than the {T} frames"] += events.sum() < T
+                about["ids"].append(id_)
+                of_frames = counts.sum((1, 2, 3), dtype=int)  # [T]: events of each frame
+                notes[f"fewer events than the {T} frames"] += of_frames.sum() < T
                 notes["32,767 events or more in a pixel: cut there"] += counts.max() == 32767
-                crowded = settings["frames_by"] == "time" and events.max() > 0.9 * events.sum()
+                crowded = settings["frames_by"] == "time" and max(of_frames) > 0.9 * sum(of_frames)
                 notes[f"nearly all events in one frame of {T}"] += crowded and T > 1
             # zeros at the end make up the shape, a row for each broken recording
             f.truncate(f.tell() + len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize)
@@ -298,11 +298,11 @@ def map_recordings(keys, read, settings, broken):
         collate_fn=partial(try_recording, read=read, settings=settings),
         generator=torch.Generator())  # its own, or later draws depend on whether frames are cached
     try:
-        for key, frames, number, error in tqdm(loader, "recordings", disable=None):
+        for key, frames, id_, error in tqdm(loader, "recordings", disable=None):
             if error:
                 broken[key] = error
             else:
-                yield key, frames, number
+                yield key, frames, id_
     except RuntimeError:
         raise UserError("a process that reads recordings was killed (out of memory?) or did not "
                         "start (data.load outside of a script's if __name__ == '__main__':)")
@@ -385,9 +385,9 @@ def split_events(x):
 
 
 def crop_time(x, shortest):
-    """Show a random stretch of every recording in all T frames: x [T, B, 2, H, W] -> same shape.
+    """Spread a random part of every recording over all T frames: x [T, B, 2, H, W] -> same shape.
 
-    It is as long as shortest to 1 times the recording. A frame of the view sums what it overlaps of
+    It lasts shortest to 1 times the recording. A frame of the view sums what it overlaps of
     each frame of x, as if its events were evenly spread, so half a recording has half the events.
     """
     if shortest == 1:
@@ -398,8 +398,9 @@ def crop_time(x, shortest):
     t = torch.arange(T + 1, device=x.device)[:, None]  # [T + 1, 1]
     cuts = T * begin + length * t  # [T + 1, B]: ends of the view's frames, in frames of x
     before = (cuts[:, None] - t[:-1]).clamp(0, 1)  # [T + 1, T, B]: the share of x[t] before a cut
+    share = before.diff(dim=0)  # [T, T, B]: of frame t of x in frame v of the view
     with torch.autocast(x.device.type, enabled=False):  # bf16 would round the counts
-        return torch.einsum("vtb,tbchw->vbchw", before.diff(dim=0), x)  # [T, B, 2, H, W]
+        return torch.einsum("vtb,tbchw->vbchw", share, x)  # [T, B, 2, H, W]
 
 
 def augment(x, **ranges):
@@ -518,16 +519,16 @@ def list_folder(folder, columns, only):
         FOLDER/<class>/<recording>             split by split_by_class
         FOLDER/<recording>                     one class: without labels, to pre-train only
     """
-    found = find_recordings(folder)
-    parts = [f for f in found if len(f) == 3 and f[0].lower() in ("train", "test")]
-    used = parts or [f for f in found if len(f) == 2] or [f for f in found if len(f) == 1]
+    found = find_recordings(folder)  # ("Train", class, file), (class, file) or (file,)
+    presplit = [f for f in found if len(f) == 3 and f[0].lower() in ("train", "test")]
+    used = presplit or [f for f in found if len(f) == 2] or [f for f in found if len(f) == 1]
     if unused := Counter(os.path.join(folder, *f[:-1]) for f in set(found) - set(used)):
         print("left out:", ", ".join(f"{n} in {place}" for place, n in sorted(unused.items())))
     recordings = [((os.path.basename(folder), *f)[-2], os.path.join(folder, *f)) for f in used]
-    if not parts and {f[0].lower() for f in used if len(f) == 2} & {"train", "test"}:
+    if not presplit and {f[0].lower() for f in used if len(f) == 2} & {"train", "test"}:
         raise UserError(f"{folder}: Train and Test need a folder for each class, even for one")
-    if parts:
-        recordings = [(f[0].lower(), *r) for f, r in zip(parts, recordings)
+    if presplit:
+        recordings = [(f[0].lower(), *r) for f, r in zip(presplit, recordings)
                       if only in (None, f[0].lower())]
     else:
         recordings = [(only, *r) for r in recordings] if only else split_by_class(recordings)
@@ -547,7 +548,7 @@ def find_recordings(folder):
     for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         here, below = Path(path).resolve(), Path(path).relative_to(folder).parts
         counts["hidden"] += sum(f[0] == "." for f in folders)
-        # a link to a folder that holds it would never end
+        # a link to a folder that holds it would list its recordings again and again
         folders[:] = [f for f in folders
                       if f[0] != "." and (here / f).resolve() not in (here, *here.parents)]
         kinds = ["hidden" if name[0] == "." else ending_of(name) or "no ending" for name in names]
@@ -632,7 +633,7 @@ def read_aedat4(path):
 
 
 def read_npz(path):
-    """Read arrays x, y, t and p, as SpikingJelly saves them; others are passed over."""
+    """Read arrays x, y, t and p, as SpikingJelly saves them, or of other names: see FIELDS."""
     with np.load(path) as file:
         names = {FIELDS.get(name, name): name for name in sorted(file, key="xytp".count)}
         if not set("xytp") <= set(names):

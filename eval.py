@@ -1,8 +1,8 @@
 """What a checkpoint is worth: accuracy, representation, spikes and energy; text, JSON, pictures.
 
-    python eval.py --ckpt runs/toy/finetuned.pt --pictures docs    # everything
-    python eval.py --ckpt runs/*/finetuned.pt --json all.json      # a row each, mean over seeds
-    python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER  # transfer to other data
+    python eval.py --ckpt runs/toy/finetuned.pt --pictures runs/toy  # everything
+    python eval.py --ckpt runs/*/finetuned.pt --json all.json        # a row each, mean over seeds
+    python eval.py --ckpt runs/toy/pretrained.pt --dataset FOLDER    # transfer to other data
 
 The prediction after t steps is the class with the largest mean logit over steps 1 to t. Features
 are the outputs of the checkpoint's encoder (of finetuned.pt, the fine-tuned one), averaged over
@@ -103,7 +103,7 @@ def spike_stats(model, batches):
     qkv = [m.qkv for m in model.modules() if isinstance(m, models.SpikingSelfAttention)]
 
     def count(name, x, macs):
-        # MACs: of event counts (first layer) and means over space (heads); else x sums spikes.
+        # Event counts (first layer) and means over space (heads) are multiplied; spikes, added.
         real = not totals or (x != x.round()).any().item()
         totals[name] += macs, macs * x.mean(dtype=torch.float32).item(), real
 
@@ -227,7 +227,7 @@ def predict_files(args):
         x = torch.from_numpy(frames)[:, None].float().to(args.device)  # [T, 1, 2, H, W]
         probability, c = models.predict(model, [(x, None)]).mean(0)[0].softmax(0).max(0)
         rows.append(dict(path=path, predicted=classes[c], probability=round(probability.item(), 4)))
-    data.report_broken(broken, len({*files}), args.skip_broken)
+    data.report_broken(broken, len({*files}), was["skip_broken"] or args.skip_broken)
     return rows
 
 
@@ -273,7 +273,8 @@ def print_summary(runs):
     by_recipe, rows = defaultdict(dict), []
     for run in runs:
         flags = drop(run["args"], ["out", "root", "device", "resume", "no_compile", "init"])
-        same = by_recipe[run["kind"], run["dataset"], json.dumps(drop(flags, ["seed"]))]
+        tested = run["kind"], run["dataset"], run["recordings"]
+        same = by_recipe[tested, json.dumps(drop(flags, ["seed"]))]
         if same.setdefault(json.dumps(flags), run) is not run:
             print(f"left out of the mean, since it repeats a run: {run['path']}", file=sys.stderr)
         rows.append((run["path"], [run]))

@@ -43,7 +43,7 @@ class MoCo(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.encoder_q = nn.Sequential(encoder, ProjectionHead(encoder.dim, dim))
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        # Random at first: the loss rises while keys, harder to tell from the positive, replace it.
+        # Random at first; the loss rises as keys, harder to tell from the positive, replace it.
         self.register_buffer("queue", torch.randn(queue_size, n_frames, dim))  # [K, T, dim]
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # slot of the oldest
         self.register_buffer("accuracy", torch.zeros(()), persistent=False)

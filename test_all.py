@@ -536,11 +536,15 @@ def test_data_toy_comes_from_its_seed_and_is_not_told_by_counts():
         assert learns(x[:600], y[:600], x[600:], y[600:]) < 0.7  # the network: 0.9, of few labels
 
 
+def split_of(frames, labels, classes):
+    return data.Split(frames, labels, classes, None, np.array([""] * len(labels)), labels)
+
+
 @pytest.mark.parametrize("n, world_size", [(24, 2), (25, 2), (26, 3)])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_data_batches_hold_every_recording_once(n, world_size, shuffle):
     frames = np.arange(n, dtype=np.uint8)[:, None, None, None, None]  # its number, in all pixels
-    split = data.Split(frames * np.ones((1, 3, 2, 4, 4), np.uint8), np.arange(n), [])
+    split = split_of(frames * np.ones((1, 3, 2, 4, 4), np.uint8), np.arange(n), [])
 
     def load(**share):
         generator, labels = torch.Generator().manual_seed(5), []
@@ -1110,11 +1114,12 @@ def test_eval_summary_averages_runs_that_differ_only_in_the_seed(whole, tmp_path
                  for seed in range(3)), dict(init="same.pt", pretrained=source),
                *(dict(init="0.pt", pretrained=source | other) for other in (
                    dict(kind="finetuned"), dict(dataset="other"), dict(pretrained=source))),
-               dict(lr=0.5), dict(queue_size=9)]
+               dict(lr=0.5), dict(queue_size=9), dict(seed=3)]
     runs = [run | dict(path=str(i), args=run["args"] | change, accuracy=90.0 + i**2 / 10)
             for i, change in enumerate(changes)]
+    runs[-1]["recordings"] = 9  # of another test set
     lines, left_out = printed(evaluation.print_summary, runs)
-    assert len(lines) == 16 and [line.split()[-1] for line in left_out] == ["2", "7"]
+    assert len(lines) == 17 and [line.split()[-1] for line in left_out] == ["2", "7"]
     means = [re.split(r"\s{2,}", line)[:2] for line in lines[-2:]]
     assert means == [["mean of 3 runs, 0 ...", "90.33 ± 0.49"],  # of 90, 90.1, 90.9
                      ["mean of 3 runs, 4 ...", "92.57 ± 1.00"]]  # of 91.6, 92.5, 93.6
@@ -1184,11 +1189,11 @@ def test_train_labels_per_class(shapes):
     assert printed(train.few_shot_subset, split, 21, 0)[0] == warnings
 
 
-def before_the_loop(whole, phase, recordings=60, **flags):
+def before_the_loop(whole, phase, recordings=range(60), **flags):
     """Call train.pretrain or train.finetune -> (args, split, what it passes to train_phase)."""
     encoder, checkpoint = models.load_model(whole / "pretrained.pt")
     args, split = types.SimpleNamespace(**checkpoint["args"] | flags), load_shapes(whole)[0]
-    split = data.select(split, slice(recordings))
+    split = data.select(split, list(recordings))
     with mock.patch.object(train, "train_phase", side_effect=StopIteration) as train_phase:
         seen = [split.ids] if phase is train.finetune else []
         refused(None, phase, encoder, split, args, {}, *seen, error=StopIteration)
@@ -1263,12 +1268,13 @@ def test_train_fits_heads_to_the_frozen_encoder_first(whole, monkeypatch):
         slow = [z_t @ head.weight.T + head.bias for head, z_t in zip(heads, z)]
         torch.testing.assert_close(logits, torch.stack(slow))
     assert len(fitted) == 2 and accuracy[2] > 0.6 > accuracy[0]
-    for recordings, epochs in (14, 2), (15, 2), (14, 0):  # 5 labels of each of 3 classes, or less
+    for labels, epochs in ([5, 5, 4], 2), ([20, 4, 4], 2), ([5, 4, 4], 0):  # of each class
+        few = [i for first, n in zip((0, 20, 40), labels) for i in range(first, first + n)]
         _, _, (_, net, encoder, *_) = before_the_loop(
-            whole, train.finetune, recordings, pretrain_epochs=epochs)
+            whole, train.finetune, few, pretrain_epochs=epochs)
         trained = {m.training for m in net.train().encoder.modules()}  # batch norm, dropout
         trained |= {p.requires_grad for p in encoder.parameters()}
-        assert trained == {recordings == 15 or epochs == 0} and net.heads[0].weight.requires_grad
+        assert trained == {labels[1] == 5 or epochs == 0} and net.heads[0].weight.requires_grad
 
 
 class OneDevice(TorchDispatchMode):
@@ -1288,7 +1294,7 @@ def test_train_loop_stays_on_its_device_and_never_waits_for_it(arch, size, monke
     args = types.SimpleNamespace(**data.FOLDER_DEFAULTS | dict(
         device="meta", batch_size=3, no_compile=True, seed=0, init=None, split_events=False))
     frames = torch.zeros(6, 4, 2, size, size, dtype=torch.uint8)
-    split = data.Split(frames, np.zeros(6, int), ["a", "b"])
+    split = split_of(frames, np.zeros(6, int), ["a", "b"])
     for phase, *seen in [train.pretrain], [train.finetune, []]:
         encoder, step = models.build(arch, size), torch.optim.AdamW.step
         with OneDevice(), mock.patch.object(torch.optim.AdamW, "step", autospec=True) as steps:
@@ -1474,7 +1480,7 @@ def train_share(folder):
     net = moco.MoCo(encoder, 2, queue_size=8, momentum=0.5)
     net.double()  # or rounding, which depends on the size of a batch, could make a neuron fire
     net.eval().train = lambda: net  # train_phase must not undo eval
-    split = data.Split(x.transpose(0, 1).to(torch.uint8), torch.arange(6), ["a"])
+    split = split_of(x.transpose(0, 1).to(torch.uint8), torch.arange(6), ["a"])
     model, drawn = train.wrap_model(net, args), []
 
     def loss_of(x, y):
@@ -1714,8 +1720,7 @@ def test_own_plain_arrays_need_their_columns_and_a_sensor(tmp_path):
 def test_own_aedat4_names_its_sensor_and_is_checked(whole, tmp_path):
     dv, own = pytest.importorskip("dv_processing"), tmp_path / "My.Data"
     folder_of(own, *(f"{c}/{i}.aedat4" for c in "ab" for i in range(4)), sensor=(64, 48))
-    assert load_folder(tmp_path, sensor=None)[0].sensor == [64, 48]
-    refused(r"--sensor \[12, 9\]: .*\[64, 48\]", run_tiny, own, tmp_path / "run", *OWN, "0")
+    assert load_folder(tmp_path)[0].sensor == [64, 48]  # whatever --sensor says
     for what in "--dataset", "--predict":  # after training with another camera
         (warning,) = run_eval(whole / "finetuned.pt", what, own)[1]
         assert "sensor [64, 48], not [32, 32]" in warning

@@ -133,9 +133,9 @@ def finetune(encoder, labelled, args, state, seen):
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
-    frozen = pretrained and len(labelled.labels) < 5 * n_classes  # so few would harm it
+    frozen = pretrained and bool(torch.tensor(labelled.labels).bincount().median() < 5)
     if frozen:
-        print("fewer than 5 labels a class: the pre-trained encoder stays as it is")
+        print("fewer than 5 labels a class would harm the pre-trained encoder: it stays as it is")
     classifier = models.Classifier(encoder, n_classes, args.n_frames, frozen).to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
     if pretrained and "finetune" not in state:  # a resumed run has its heads
@@ -239,9 +239,9 @@ def build_optimizer(model, weight_decay):
 
 
 def warmup_cosine(step, steps):
-    """Compute a step's share of the learning rate: a cosine from 1 to 0, or a lower warm-up."""
-    # At least 5: AdamW's first step is far too large for fitted heads.
-    return min((step + 1) / max(5, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    """Compute a step's share of the peak rate: the lower of a linear warm-up and a cosine."""
+    warmup = max(5, steps // 20)  # steps; AdamW's first one would be far too large for fitted heads
+    return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def wrap_model(model, args):
@@ -271,8 +271,6 @@ def load_data(args):
                          args.sensor, args.frames_by, args.columns, only)
 
     train, test = load(args.dataset)
-    if args.sensor not in (None, train.sensor):
-        raise UserError(f"--sensor {args.sensor}: the recordings' is {train.sensor}")
     args.image_size, args.sensor = train.frames.shape[-1], train.sensor
     unlabelled = train
     if args.pretrain_on:
@@ -430,11 +428,11 @@ def parse_args(argv):
     state = read_state(first.resume) if first.resume else {}
     if first.resume and not state and first.dataset is None:
         parser.error(f"--resume {first.resume}: no run there; to begin one, pass --dataset")
-    was = (state.get("args") or dict(dataset="toy", pretrained=None)) | dict(out=None, resume=None)
+    own = dict(dataset="toy", pretrained=None) | state.get("args", {}) | dict(out=None, resume=None)
     if "LOCAL_RANK" in os.environ:  # of torchrun; the saved device is that of process 0
-        was.pop("device", None)
+        own.pop("device", None)
     add_flags(parser)
-    parser.set_defaults(**data.default_config(first.dataset or was["dataset"]) | was)
+    parser.set_defaults(**data.default_config(first.dataset or own["dataset"]) | own)
     args = parser.parse_args(argv)
     check_args(args, parser, state)
     return args, state
@@ -485,9 +483,9 @@ def check_args(args, parser, state):
     """Refuse flags that cannot work; drop the fine-tuning that more pre-training makes void."""
     may_change = ("out", "resume", "epochs", "pretrain_epochs", "device", "root", "no_compile",
                   "dataset", "pretrain_on")  # data may have moved: open_run compares recordings
-    was = state.get("args", vars(args))  # of a new run, its own; an old one lacks newer flags
+    was = state.get("args", vars(args))  # a new run agrees with itself
     for name, value in vars(args).items():
-        if name not in may_change and (old := was.get(name)) != value:
+        if name not in may_change and (old := was.get(name)) != value:  # None: of an older version
             parser.error(f"--{name.replace('_', '-')}: the run in {args.resume} has {old}")
     if not args.init and args.pretrain_epochs > len(state.get("pretrain", {"log": []})["log"]):
         state.pop("finetune", None)  # begins anew
