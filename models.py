@@ -4,7 +4,7 @@ Both are stacks of one block, convolution -> batch norm -> (max-pool) -> LIF, jo
 
     SEW-ResNet (Fang et al. 2021)   x + block(block(x)), "spike-element-wise" addition; block(x)
                                     in place of x where the shape changes
-    Spikformer (Zhou et al. 2023)   four blocks make the image tokens, x + block(x) adds their
+    Spikformer (Zhou et al. 2023)   four blocks turn the image into tokens; x + block(x) adds
                                     position; then, depth times, x + attention(x) and x + mlp(x),
                                     where attention is block(LIF((q k^T) v / 8)) of spikes q, k,
                                     v, no softmax
