@@ -211,7 +211,7 @@ def predict_files(args):
         raise data.UserError(f"{args.ckpt[0]}: holds no classifier; pass a finetuned.pt")
     files = []
     for path in args.predict:
-        found = sorted(data.find_recordings(path)) if os.path.isdir(path) else [()]
+        found = sorted(data.find_recordings(path)) if os.path.isdir(path) else [()]  # itself
         files += [os.path.join(path, *parts) for parts in found]
     if not files:
         raise data.UserError(f"--predict: no recordings in {', '.join(args.predict)}")
