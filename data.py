@@ -107,9 +107,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     report_broken(about["broken"], len(recordings), skip_broken)
     recordings = [r for r in recordings if r[2] not in about["broken"]]
     labels = np.array([class_index[cls] for _, cls, _ in recordings], np.int64)
-    names = ["/".join(Path(key).parts[-2:]) for _, _, key in recordings]
-    frames = frames[: len(names)]  # rows of zeros, for the broken ones, are at the end
-    both = Split(frames, labels, classes, sensor, np.array(names), np.array(about["ids"]))
+    names = np.array(["/".join(Path(key).parts[-2:]) for _, _, key in recordings])
+    both = Split(frames[: len(names)], labels, classes, sensor, names, np.array(about["ids"]))
     n = sum(split == "train" for split, _, _ in recordings)
     for part in ("train", "test") if only is None else (only,):
         present = {cls for split, cls, _ in recordings if split == part}
@@ -276,12 +275,12 @@ def make_frames(path, recordings, read, settings, dtype=np.uint8):
                     raise OverflowError("a count above 255")
                 f.write(counts.astype(dtype).tobytes())
                 about["ids"].append(id_)
-                of_frames = counts.sum((1, 2, 3), dtype=int)  # [T]: events of each frame
-                notes[f"fewer events than the {T} frames"] += of_frames.sum() < T
+                sizes = counts.sum((1, 2, 3), dtype=int)  # [T]: events of each frame
+                notes[f"fewer events than the {T} frames"] += sizes.sum() < T
                 notes["32,767 events or more in a pixel: cut there"] += counts.max() == 32767
-                crowded = settings["frames_by"] == "time" and max(of_frames) > 0.9 * sum(of_frames)
+                crowded = settings["frames_by"] == "time" and sizes.max() > 0.9 * sizes.sum()
                 notes[f"nearly all events in one frame of {T}"] += crowded and T > 1
-            # zeros at the end make up the shape, a row for each broken recording
+            # zeros at the end, which load drops, make up the shape: a row a broken recording
             f.truncate(f.tell() + len(about["broken"]) * math.prod(shape[1:]) * dtype.itemsize)
     except OverflowError:  # begin again, with room for larger counts
         return make_frames(path, recordings, read, settings, np.int16)

@@ -1720,7 +1720,8 @@ def test_own_plain_arrays_need_their_columns_and_a_sensor(tmp_path):
 def test_own_aedat4_names_its_sensor_and_is_checked(whole, tmp_path):
     dv, own = pytest.importorskip("dv_processing"), tmp_path / "My.Data"
     folder_of(own, *(f"{c}/{i}.aedat4" for c in "ab" for i in range(4)), sensor=(64, 48))
-    assert load_folder(tmp_path)[0].sensor == [64, 48]  # whatever --sensor says
+    assert load_folder(tmp_path)[0].sensor == [64, 48]  # whatever the caller says
+    refused(r"--sensor \[12, 9\]: .*\[64, 48\]", run_tiny, own, tmp_path / "run", *OWN, "0")
     for what in "--dataset", "--predict":  # after training with another camera
         (warning,) = run_eval(whole / "finetuned.pt", what, own)[1]
         assert "sensor [64, 48], not [32, 32]" in warning

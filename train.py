@@ -133,8 +133,7 @@ def finetune(encoder, labelled, args, state, seen):
     """
     torch.manual_seed(args.seed)
     pretrained, n_classes = bool(args.init or args.pretrain_epochs), len(labelled.classes)
-    frozen = pretrained and bool(torch.tensor(labelled.labels).bincount().median() < 5)
-    if frozen:
+    if frozen := pretrained and bool(torch.tensor(labelled.labels).bincount().median() < 5):
         print("fewer than 5 labels a class would harm the pre-trained encoder: it stays as it is")
     classifier = models.Classifier(encoder, n_classes, args.n_frames, frozen).to(args.device)
     # The gradients of random heads would undo a part of pre-training (Kumar et al. 2022).
@@ -271,6 +270,8 @@ def load_data(args):
                          args.sensor, args.frames_by, args.columns, only)
 
     train, test = load(args.dataset)
+    if args.sensor not in (None, train.sensor):
+        raise UserError(f"--sensor {args.sensor}: the recordings' is {train.sensor}")
     args.image_size, args.sensor = train.frames.shape[-1], train.sensor
     unlabelled = train
     if args.pretrain_on:
