@@ -145,4 +145,5 @@ def call(function, constants, *tensors):
 def compiled(function, constants):
     """Compile the function for these constants; as arguments they would cost half the speed."""
     torch._dynamo.config.recompile_limit = 64  # a variant for each function, constants, T, dtype
-    return torch.compile(lambda *tensors: function(*tensors, *constants))
+    # dynamic=False, or a constant that differs between layers is taken for a variable, wrongly.
+    return torch.compile(lambda *tensors: function(*tensors, *constants), dynamic=False)

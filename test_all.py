@@ -149,6 +149,14 @@ def test_lif_compiled_and_on_cuda_gives_the_same_bits(device, dtype, monkeypatch
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_lif_compiled_tells_constants_of_layers_apart(monkeypatch):
+    monkeypatch.setattr(neuron, "COMPILE", True)
+    x = 2 * torch.randn(4, 900)
+    for v_reset in -0.1, 0.1, -0.2:
+        assert torch.equal(neuron.LIF(v_reset=v_reset)(x), slow_lif(x, v_reset=v_reset))
+
+
 def test_lif_without_a_compiler_warns_once_and_continues(monkeypatch):
     monkeypatch.setattr(neuron, "COMPILE", True)
     monkeypatch.setattr(neuron, "compiled", mock.MagicMock(side_effect=RuntimeError("no compiler")))
