@@ -100,7 +100,8 @@ def load(name, root="data", n_frames=None, size=None, skip_broken=False, sensor=
     if sensor == [0, 0]:  # all events are outside of it, and the error says how far they reach
         *_, hint = try_recording(recordings[0][2], read, settings)
         raise UserError(f"{name}: pass --sensor W H in pixels (the first recording: {hint})")
-    path = root / "frames" / f"{Path(name).name}-{cache_key(recordings, read, settings)}.npy"
+    # in NumPy's format; called .npy, it would be a recording, where root is a folder of them
+    path = root / "frames" / f"{Path(name).name}-{cache_key(recordings, read, settings)}.frames"
     frames, about = read_cache(path) or make_frames(path, recordings, read, settings)
     for warning in about["warnings"]:
         print(f"warning: {warning}")
@@ -580,10 +581,10 @@ def split_by_class(recordings):
     return split
 
 
-def read_file(path, columns=None, to_corner=False):
+def read_file(path, columns=None):
     """Read a recording by the reader of its ending -> structured array with fields x, y, t, p.
 
-    columns: of a plain [N, 4] array, as "xytp". to_corner: subtract the smallest x and y.
+    columns: of a plain [N, 4] array, as "xytp".
     """
     if ending_of(path) not in READERS:
         raise ValueError(f"no reader for {path}, only for {', '.join(READERS)}")
@@ -594,8 +595,6 @@ def read_file(path, columns=None, to_corner=False):
         if columns is None:
             raise ValueError("a plain [N, 4] array: pass its columns' order, as --columns xytp")
         events = np.rec.fromarrays(events.T, names=list(columns))
-    for axis in "xy" if to_corner else "":
-        events[axis] -= events[axis].min()
     return events
 
 
@@ -604,10 +603,14 @@ def named_sensor(paths):
     found = Counter()
     for path in [path for path in paths if ending_of(path) == ".aedat4"]:
         import aedat
-        with contextlib.suppress(BaseException):  # panics of Rust, too; reading will tell
+        try:
             streams = aedat.Decoder(path).id_to_stream()
             first = min(i for i, stream in streams.items() if stream["type"] == "events")
             found[streams[first]["width"], streams[first]["height"]] += 1
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # panics of Rust, too; reading will tell
+            pass
     if len(found) > 1:
         sizes = ", ".join(f"{w} x {h} ({n} recordings)" for (w, h), n in found.most_common())
         raise UserError(f"recordings name different sensors: {sizes}")
@@ -652,8 +655,7 @@ TONIC_DATASETS = {
     # Tonic stores plain [N, 4] arrays of x, y, p, ms.
     "dvsgesture": ("DVSGesture", (128, 128), 1_341, partial(read_file, columns="xypt"),
                    dict(train_url=FIGSHARE + "38022171", test_url=FIGSHARE + "38020584")),
-    # Recordings differ in size; this is the largest, and SpikingJelly's. To the corner: as tonic.
-    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, partial(read_file, to_corner=True), {}),
+    "ncaltech101": ("NCALTECH101", (240, 180), 8_709, read_file, {}),  # the largest of its sizes
     "nmnist": ("NMNIST", (34, 34), 70_000, read_file, {})}
 
 

@@ -358,7 +358,7 @@ def plot_curves(results):
                         delimiter=",", names=True, ndmin=1,
                         usecols=("phase", "epoch", "loss", "accuracy", "knn"))
     args = results["args"]
-    chance = chance_level(args["queue_size"], args["n_frames"], args["alpha"], args["beta"])
+    chance = chance_level(args["queue_size"], args["alpha"], args["beta"])
     panels = [("pretrain", chance, "own key nearer than the queue", "kNN")]
     if results["kind"] == "finetuned":
         panels += [("finetune", np.log(len(results["classes"])), "training recordings", None)]
@@ -432,7 +432,7 @@ def parse_args(argv):
         help="classify these recordings or folders of them, with the sensor of training")
     add("--features", metavar="FILE", help="write features, logits, labels and names as .npz")
     add("--pictures", metavar="DIR", help="draw one checkpoint as PNG files into this folder")
-    add("--json", metavar="FILE", help="write all numbers to this file")
+    add("--json", metavar="FILE", help="write all numbers of each checkpoint to this file")
     add("--device", type=models.device, help="cpu; untested: cuda[:N], mps",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--no-compile", action="store_true", help="never call a compiler: slower, the same numbers")

@@ -60,6 +60,8 @@ def main(argv=None):
     print(f"{args.out}: the run {'continues' if 'args' in state else 'begins'}; "
           f"{len(train.labels)} recordings to train on, {len(test.labels)} to test, "
           f"{len(labelled.labels)} labels to fine-tune with")
+    seen = torch.cat([state["seen"], torch.tensor(labelled.ids)]).unique()
+    data.leave_out(test, seen, "to test are trained on, too")  # the warning only
 
     try:
         # ============ pre-training, without labels; skipped once fine-tuning has begun ============
@@ -70,8 +72,6 @@ def main(argv=None):
             return
 
         # ============ fine-tuning, with labels ============
-        seen = torch.cat([state["seen"], torch.tensor(labelled.ids)]).unique()
-        data.leave_out(test, seen, "to test are trained on, too")  # the warning only
         classifier = finetune(encoder, labelled, args, state, seen)
 
         # ============ the only look at the test recordings ============
@@ -108,7 +108,7 @@ def pretrain(encoder, unlabelled, args, state):
         fifth = torch.arange(len(y)) % 5 == 0
         return knn_accuracy(z[~fifth], y[~fifth], z[fifth], y[fifth])
 
-    chance = chance_level(args.queue_size, args.n_frames, args.alpha, args.beta)
+    chance = chance_level(args.queue_size, args.alpha, args.beta)
     print(f"pre-training on {N} recordings; loss at the level of chance: {chance:.3f}")
     if args.queue_size >= N:
         print(f"warning: a queue of {args.queue_size} holds all {N} recordings: positives return "
@@ -117,8 +117,8 @@ def pretrain(encoder, unlabelled, args, state):
                 args.pretrain_lr, args, state,
                 monitor if len(unlabelled.classes) > 1 and N > 1 else None)
     state["pretrain"] = copy.deepcopy(state["pretrain"])  # or fine-tuning would change its weights
-    # The statistics of batch norm are those of views; they are taken again, from all recordings as
-    # they are. The variance is the mean of those of batches, hence mixed classes.
+    # Batch norm's statistics are those of views; take them again, from the recordings as they are.
+    # Its variance is a mean over batches, so batches mix classes.
     with models.autocast(args.device):
         torch.optim.swa_utils.update_bn(mixed_batches(unlabelled, args), encoder)
     save("pretrained.pt", args, dict(kind="pretrained", classes=unlabelled.classes,
@@ -239,7 +239,7 @@ def build_optimizer(model, weight_decay):
 
 def warmup_cosine(step, steps):
     """Compute a step's share of the peak rate: the lower of a linear warm-up and a cosine."""
-    warmup = max(5, steps // 20)  # steps; AdamW's first one would be far too large for fitted heads
+    warmup = max(5, steps // 20)  # AdamW's first step would be far too large for fitted heads
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
@@ -493,8 +493,6 @@ def check_args(args, parser, state):
     for phase, epochs in ("pretrain", args.pretrain_epochs), ("finetune", args.epochs):
         if phase in state and len(state[phase]["log"]) > epochs:
             parser.error(f"--resume {args.resume}: more than {epochs} epochs of {phase} are done")
-    if args.alpha == args.beta == 0:
-        parser.error("--alpha 0 --beta 0 leave nothing to minimise in pre-training")
     if (args.pretrain_on or args.epochs == 0) and (args.init or args.pretrain_epochs == 0):
         parser.error("--pretrain-on and --epochs 0 need pre-training, and no --init")
     try:
