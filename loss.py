@@ -45,7 +45,7 @@ def info_nce_logits(q, k, queue, temperature):
 
 
 def info_nce(logits):
-    """Average InfoNCE over all rows of logits [..., 1 + K] -> a scalar. Column 0 is the positive."""
+    """Average InfoNCE over all rows of logits [..., 1 + K] -> a scalar. Column 0: the positive."""
     return -logits.log_softmax(-1)[..., 0].mean()
 
 
